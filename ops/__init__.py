@@ -1,0 +1,45 @@
+"""The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
+
+from ops.layout import ChunkLayout
+from ops.linear import linear, linear_reference
+from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
+from ops.log_probs import full_log_probs, log_probs, log_probs_reference
+from ops.moe import experts, experts_reference, route, route_reference
+from ops.rms_norm import grouped_rms_norm_gate, grouped_rms_norm_gate_reference, rms_norm, rms_norm_reference
+from ops.rope import rope, rope_reference, rope_table
+from ops.sampling import addressed_uniform, philox, sample, sample_reference
+from ops.softmax_attention import PagedCache, softmax_attention, softmax_attention_reference
+from ops.swiglu import swiglu, swiglu_reference
+
+__all__ = [
+    "ChunkLayout",
+    "DecayTables",
+    "LightningCache",
+    "PagedCache",
+    "addressed_uniform",
+    "experts",
+    "experts_reference",
+    "full_log_probs",
+    "grouped_rms_norm_gate",
+    "grouped_rms_norm_gate_reference",
+    "lightning_attention",
+    "lightning_attention_reference",
+    "linear",
+    "linear_reference",
+    "log_probs",
+    "log_probs_reference",
+    "philox",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope",
+    "rope_reference",
+    "rope_table",
+    "route",
+    "route_reference",
+    "sample",
+    "sample_reference",
+    "softmax_attention",
+    "softmax_attention_reference",
+    "swiglu",
+    "swiglu_reference",
+]

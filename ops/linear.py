@@ -1,0 +1,98 @@
+"""Linear layer: y = x W^T, the operator that carries nearly all of the arithmetic.
+
+x [..., K] any float dtype, W [N, K]; operands are cast to `dtype` (bfloat16 or float32), accumulated in FP32 by the
+library, and y [..., N] comes back in `dtype`. Design A1: row m of y has the same bits for every number of rows.
+Stock torch keeps that promise on a CPU under the conditions of `row_invariant_matmul`, found by measurement;
+`lockstep doctor` proves them on the machine at hand.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Outside these bounds the CPU libraries pick other kernels, with other bits (measured).
+FP32_ROWS = 16
+FP32_ROWS_PER_THREAD = 4
+ALIGNMENT = 16  # bytes, of each row's start
+FP32_COLUMNS = 4  # make ALIGNMENT
+BF16_ROWS = 2
+BF16_SMALL_PRODUCT = 4096  # rows x K x N: up to here torch does not call oneDNN
+
+
+def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """y[m, n] = sum_k x[m, k] W[n, k], in the dtype of x."""
+    return torch.einsum("...k,nk->...n", x, weight.to(x.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., K], weight [N, K] -> [..., N] in `dtype`. Gradients come back in the dtypes of x and weight."""
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+    """One linear layer per group: x [M, K] in groups of `counts` rows, weight [E, N, K] -> [M, N] in `dtype`."""
+    y: Tensor = _GroupedLinear.apply(x, weight, counts, dtype)
+    return y
+
+
+def row_invariant_matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] @ weight [N, K]^T, both of one dtype, no gradient: a row's bits depend neither on M nor on its place."""
+    rows, inner = x.shape
+    missing_columns = -inner % FP32_COLUMNS if x.dtype == torch.float32 else 0
+    missing_rows = _padded_rows(rows, inner * weight.shape[0], x.dtype) - rows
+    if missing_columns:
+        weight = F.pad(weight, (0, missing_columns))
+    if missing_rows or missing_columns:
+        x = F.pad(x, (0, missing_columns, 0, missing_rows))
+    elif x.data_ptr() % ALIGNMENT:
+        x = x.clone()
+    return F.linear(x, weight)[:rows]
+
+
+def _padded_rows(rows: int, weight_size: int, dtype: torch.dtype) -> int:
+    if dtype == torch.float32:
+        return -(-max(rows, FP32_ROWS_PER_THREAD * torch.get_num_threads()) // FP32_ROWS) * FP32_ROWS
+    return max(rows, BF16_ROWS, BF16_SMALL_PRODUCT // weight_size + 1)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        operand, matrix = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(operand, matrix)
+        ctx.dtypes = x.dtype, weight.dtype
+        return row_invariant_matmul(operand, matrix)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        operand, matrix = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        grad = grad.to(operand.dtype)
+        grad_x = (grad @ matrix).to(x_dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad.t() @ operand).to(weight_dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
+        operand, matrices = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(operand, matrices)
+        ctx.counts, ctx.dtypes = counts, (x.dtype, weight.dtype)
+        groups = zip(operand.split(counts), matrices.unbind(0), strict=True)
+        return torch.cat([row_invariant_matmul(rows, matrix) for rows, matrix in groups if len(rows)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        operand, matrices = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        grad = grad.to(operand.dtype)
+        grad_x, grad_weight = torch.empty_like(operand), torch.empty_like(matrices)
+        groups = zip(*(x.split(ctx.counts) for x in (grad, operand, grad_x)), strict=True)
+        for expert, (grad_rows, rows, out) in enumerate(groups):
+            torch.mm(grad_rows, matrices[expert], out=out)
+            torch.mm(grad_rows.t(), rows, out=grad_weight[expert])
+        return grad_x.to(x_dtype), grad_weight.to(weight_dtype), None, None

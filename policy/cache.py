@@ -1,0 +1,71 @@
+"""What a policy remembers of the sequences it decodes: state slots for lightning layers, key-value blocks for softmax.
+
+The pools only hold tensors. Who owns which slot and block is the engine's business, and arrives with each batch.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ops
+from policy.config import PolicyConfig
+
+
+class CachePools:
+    """slots: sequences remembered at once; blocks: chunk-long key-value blocks for the softmax layers. All FP32."""
+
+    def __init__(self, config: PolicyConfig, slots: int, blocks: int) -> None:
+        heads, dim, chunk = config.num_attention_heads, config.head_dim, config.chunk_size
+        state, open_chunk = (slots, heads, dim, dim), (slots, heads, chunk, dim)
+        block = (blocks, config.num_key_value_heads, chunk, dim)
+        self.linear: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # state, keys, values of each lightning layer
+        self.softmax: dict[int, tuple[Tensor, Tensor]] = {}  # keys, values of each softmax layer
+        for layer in range(config.num_hidden_layers):
+            if config.is_softmax(layer):
+                self.softmax[layer] = torch.zeros(block), torch.zeros(block)
+            else:
+                self.linear[layer] = torch.zeros(state), torch.zeros(open_chunk), torch.zeros(open_chunk)
+
+    @staticmethod
+    def bytes_per_slot(config: PolicyConfig) -> int:
+        layers = sum(not config.is_softmax(layer) for layer in range(config.num_hidden_layers))
+        return 4 * layers * config.num_attention_heads * config.head_dim * (config.head_dim + 2 * config.chunk_size)
+
+    @staticmethod
+    def bytes_per_block(config: PolicyConfig) -> int:
+        layers = sum(config.is_softmax(layer) for layer in range(config.num_hidden_layers))
+        return 4 * layers * 2 * config.num_key_value_heads * config.chunk_size * config.head_dim
+
+    def reset_slots(self, slots: list[int]) -> None:
+        """A new sequence starts from the zero state."""
+        for state, _, _ in self.linear.values():
+            state[slots] = 0.0
+
+    def copy_slot(self, source: int, targets: list[int]) -> None:
+        """Gives each target the state and open chunk of the source: how a group shares its prompt."""
+        for pools in self.linear.values():
+            for pool in pools:
+                pool[targets] = pool[source].clone()
+
+    def copy_block(self, source: int, targets: list[int]) -> None:
+        for pools in self.softmax.values():
+            for pool in pools:
+                pool[targets] = pool[source].clone()
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """The pools as one batch sees them: slots int64 [S], block_table int64 [S, blocks]."""
+
+    pools: CachePools
+    slots: Tensor
+    block_table: np.ndarray
+
+    def linear_layer(self, layer: int) -> ops.LightningCache:
+        return ops.LightningCache(*self.pools.linear[layer], self.slots)
+
+    def softmax_layer(self, layer: int) -> ops.PagedCache:
+        key, value = self.pools.softmax[layer]
+        return ops.PagedCache(key, value, self.block_table)

@@ -1,0 +1,79 @@
+"""What the machine at hand is good at: the choice of a working dtype when the recipe leaves it open.
+
+A run resolves the choice once and writes it down, so timing decides no bit of a run that is repeated from its record.
+"""
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ops
+from policy.checkpoint import DTYPES
+
+ROWS, IN_FEATURES, OUT_FEATURES = 256, 512, 512
+MIN_SPEEDUP = 1.3  # a narrower lead is lost again in the casts around each product
+TIMED_RUNS, TIMED_SECONDS = 8, 0.01  # per dtype, whichever ends first: a CPU without BF16 units is slow at it
+BIG_BATCH, SMALL_BATCHES = 64, range(1, 41)
+
+
+def choose_dtype(setting: str) -> tuple[torch.dtype, str]:
+    """The working dtype for the recipe's policy.dtype, and a sentence that says why.
+
+    "bfloat16" and "float32" are taken as asked. "auto" is bfloat16 where a matrix product is faster in it by
+    MIN_SPEEDUP and keeps its bits for every number of rows, under the process's current thread count; otherwise
+    float32.
+    Raises ValueError for another setting.
+    """
+    if setting in DTYPES:
+        return DTYPES[setting], f"{setting}, as policy.dtype asks."
+    if setting != "auto":
+        raise ValueError(f"policy.dtype = {setting!r}: must be auto, {' or '.join(DTYPES)}")
+    fp32, bf16 = _seconds(torch.float32), _seconds(torch.bfloat16)
+    shape = f"{ROWS}x{IN_FEATURES}x{OUT_FEATURES}"
+    measured = f"a {shape} product takes {bf16 * 1e3:.2f} ms in bfloat16 and {fp32 * 1e3:.2f} ms in float32"
+    if fp32 < MIN_SPEEDUP * bf16:
+        return torch.float32, f"float32: {measured}; bfloat16 is taken when it is {MIN_SPEEDUP} times faster."
+    if (rows := _variant_batch(torch.bfloat16)) is not None:
+        return torch.float32, f"float32: {measured}, but in bfloat16 rows change their bits in a batch of {rows}."
+    return torch.bfloat16, f"bfloat16: {measured}, and rows keep their bits in any batch."
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Best of several timed products, after one that loads the library's kernel."""
+    x, weight = _operands(ROWS, dtype)
+    F.linear(x, weight)
+    began, best = time.perf_counter(), float("inf")
+    for _ in range(TIMED_RUNS):
+        start = time.perf_counter()
+        F.linear(x, weight)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now - began > TIMED_SECONDS:
+            break
+    return best
+
+
+def _variant_batch(dtype: torch.dtype) -> int | None:
+    """The smallest batch in which the first or last rows of a bigger batch get other bits; None when there is none."""
+    x, weight = _cancelling(*_operands(BIG_BATCH, dtype))
+    y = ops.linear(x, weight, dtype)
+    for rows in SMALL_BATCHES:
+        first, last = ops.linear(x[:rows], weight, dtype), ops.linear(x[-rows:], weight, dtype)
+        if not (torch.equal(first, y[:rows]) and torch.equal(last, y[-rows:])):
+            return rows
+    return None
+
+
+def _cancelling(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Operands whose products sum to zero but for rounding: the output's own rounding would hide most differences."""
+    order = torch.randperm(2 * IN_FEATURES, generator=torch.Generator().manual_seed(0))
+    return torch.cat([x, x], 1)[:, order].contiguous(), torch.cat([weight, -weight], 1)[:, order].contiguous()
+
+
+def _operands(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, IN_FEATURES, generator=generator)
+    weight = torch.randn(OUT_FEATURES, IN_FEATURES, generator=generator) * IN_FEATURES**-0.5
+    return x.to(dtype), weight.to(dtype)

@@ -1,0 +1,208 @@
+"""The policy network: one forward for training, prefill and decode, with the cache passed in or absent.
+
+A pre-norm transformer whose layers are lightning or softmax attention, dense or mixture of experts (report 2.2).
+Parameters may be FP32 masters (trainer) or already in the working dtype (engine); every use rounds to the working
+dtype first, so both see the same weights.
+
+Letters: T packed tokens, D model, H heads, K key-value heads, d head dimension, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ops
+from policy.cache import CacheView
+from policy.config import PolicyConfig
+
+
+class _Round(torch.autograd.Function):
+    """Rounds an FP32 master weight to the working dtype; the gradient passes straight through to the master."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _fp32(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded: Tensor = _Round.apply(weight, dtype)
+    return rounded
+
+
+class Linear(nn.Module):
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, features: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps, self.dtype = eps, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, _fp32(self.weight, self.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Fused QKV, per-head norm on q and k, partial RoPE, then the layer's own kind of attention."""
+
+    def __init__(self, config: PolicyConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads(layer), config.head_dim
+        width = self.heads * self.head_dim
+        self.query_key_value = Linear(config.hidden_size, width + 2 * self.kv_heads * self.head_dim, dtype)
+        self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+        self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+        self.dense = Linear(width, config.hidden_size, dtype)
+        self.layer, self.eps, self.dtype = layer, config.rms_norm_eps, dtype
+
+    def qkv(self, x: Tensor, rope: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> q [T, H, d], k and v [T, K, d]."""
+        heads = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
+        qk, v = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
+        q_weight = self.query_layernorm.weight.expand(self.heads, -1)
+        k_weight = self.key_layernorm.weight.expand(self.kv_heads, -1)
+        qk = ops.rms_norm(qk, _fp32(torch.cat([q_weight, k_weight]), self.dtype), self.eps)
+        q, k = ops.rope(qk, rope, position_ids).split([self.heads, self.kv_heads], dim=1)
+        return q, k, v
+
+
+class SoftmaxAttention(Attention):
+    def forward(self, x: Tensor, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None) -> Tensor:
+        q, k, v = self.qkv(x, rope, layout.position_ids)
+        pages = cache.softmax_layer(self.layer) if cache else None
+        return self.dense(ops.softmax_attention(q, k, v, layout, pages).flatten(1))
+
+
+class LightningAttention(Attention):
+    """Adds the output gate: grouped RMSNorm, then sigmoid of a projection of the layer's input (report 2.2.3)."""
+
+    def __init__(self, config: PolicyConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__(config, layer, dtype)
+        width = self.heads * self.head_dim
+        self.g_proj = Linear(config.hidden_size, width, dtype)
+        self.g_norm = RMSNorm(width, config.rms_norm_eps, dtype)
+        self.groups = config.group_norm_size
+        self.decay = ops.DecayTables.build(
+            torch.tensor(config.decay_slopes(layer), dtype=torch.float64), config.chunk_size
+        )
+
+    def forward(self, x: Tensor, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None) -> Tensor:
+        q, k, v = self.qkv(x, rope, layout.position_ids)
+        states = cache.linear_layer(self.layer) if cache else None
+        o = ops.lightning_attention(q, k, v, self.decay, layout, states).flatten(1)
+        weight = _fp32(self.g_norm.weight, self.dtype)
+        return self.dense(ops.grouped_rms_norm_gate(o, weight, self.g_proj(x), self.groups, self.eps))
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden, 2 * width, dtype)
+        self.down = Linear(width, hidden, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(ops.swiglu(self.gate_up(x)))
+        return y
+
+
+class MoE(nn.Module):
+    def __init__(self, config: PolicyConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate = Linear(hidden, experts, dtype)
+        self.register_buffer("expert_bias", torch.zeros(experts))
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+        self.shared_experts = MLP(hidden, config.moe_shared_expert_intermediate_size, dtype)
+        self.config, self.dtype = config, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.config
+        logits = ops.linear(x, _fp32(self.gate.weight, self.dtype), torch.float32)
+        bias = self.get_buffer("expert_bias")
+        ids, weights = ops.route(logits, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor)
+        routed = ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype)
+        shared: Tensor = self.shared_experts(x).float()
+        return routed + shared
+
+
+class Block(nn.Module):
+    def __init__(self, config: PolicyConfig, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        kind = SoftmaxAttention if config.is_softmax(layer) else LightningAttention
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = kind(config, layer, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        dense = MLP(config.hidden_size, config.intermediate_size, dtype)
+        self.mlp: nn.Module = MoE(config, dtype) if config.is_moe(layer) else dense
+
+    def forward(self, h: Tensor, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None) -> Tensor:
+        """h: the FP32 residual stream [T, D]."""
+        h = h + self.attention(self.input_layernorm(h), rope, layout, cache).float()
+        out: Tensor = h + self.mlp(self.post_attention_layernorm(h)).float()
+        return out
+
+
+class Policy(nn.Module):
+    """config: the shape; dtype: the working dtype of weights and matrix operands, bfloat16 or float32."""
+
+    def __init__(self, config: PolicyConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        table = ops.rope_table(config.max_position_embeddings, config.rotary_dim, config.rope_theta)
+        self.register_buffer("rope_table", table, persistent=False)
+
+    def forward(self, input_ids: Tensor, layout: ops.ChunkLayout, cache: CacheView | None = None) -> Tensor:
+        """input_ids int64 [T], packed as `layout` says -> final hidden states, FP32 [T, D]."""
+        h = _fp32(F.embedding(input_ids, self.word_embeddings), self.dtype)
+        rope = self.get_buffer("rope_table")
+        for block in self.layers:
+            h = block(h, rope, layout, cache)
+        hidden: Tensor = self.norm(h)
+        return hidden
+
+    def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """hidden [N, D], targets int64 [N] -> log-probs and entropy in nats, FP32 [N]."""
+        return ops.log_probs(hidden, _fp32(self.lm_head, self.dtype), targets, temperature)
+
+    def full_log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
+        """hidden [N, D] -> log-probs over the vocabulary, FP32 [N, V], without gradient."""
+        return ops.full_log_probs(hidden, _fp32(self.lm_head, self.dtype), temperature)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Matrices from Normal(0, initializer_range); those writing to the residual stream scaled by (2 layers)^-1/2,
+        as in GPT-2."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                writes = name.endswith(("dense.weight", "down.weight", ".down"))
+                std = self.config.initializer_range * ((2 * len(self.layers)) ** -0.5 if writes else 1.0)
+                parameter.normal_(0.0, std, generator=generator)
+
+    def to_working_dtype(self) -> "Policy":
+        """Drops the FP32 masters: parameters become the working dtype, as an engine keeps them."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+            parameter.requires_grad_(False)
+        return self
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,138 @@
+"""The policy that reinforcement learning starts from: a given folder, or one made here by a short warm start.
+
+A made policy is kept in a cache under the digest of everything it depends on, so a second run skips the work. A run
+always loads it from there, freshly made or not, so that both give the same bits.
+"""
+
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from policy.checkpoint import DTYPES
+from policy.config import PolicyConfig
+from policy.tokenizer import train_tokenizer
+from rl.config import Recipe, WarmStartConfig, warm_start_digest
+from rl.problems import supervised_examples
+from rl.system import System
+
+TOKENIZER_EXAMPLES = 20_000
+DIGESTED_EXAMPLES = 200
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    """$XDG_CACHE_HOME/lockstep/base/DIGEST, under ~/.cache by default.
+
+    The digest covers the recipe's part in the base policy, a sample of the worked solutions and the release, so that a
+    changed generator or trainer does not serve an old policy.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    assert recipe.warm_start is not None
+    data = recipe.data
+    examples = supervised_examples(
+        DIGESTED_EXAMPLES, recipe.seed, data.difficulty, data.families, recipe.warm_start.slip_rate
+    )
+    parts = [warm_start_digest(recipe), importlib.metadata.version("lockstep-rl"), repr(list(examples))]
+    return root / "lockstep" / "base" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def base_policy(recipe: Recipe, system: System, console: Console) -> Path:
+    """The Hugging Face folder of the base policy; makes it first where there is none."""
+    if recipe.policy.path is not None:
+        return Path(recipe.policy.path)
+    folder = cache_folder(recipe)
+    if folder.is_dir():
+        console.print(f"base policy: from {folder}")
+        return folder
+    assert recipe.warm_start is not None
+    tokenizer = made_tokenizer(recipe)
+    config = made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    _warm_start(recipe, recipe.warm_start, config, tokenizer, system, console)
+    system.save_policy(partial)
+    tokenizer.save_pretrained(partial)
+    _publish(partial, folder)
+    return folder
+
+
+def made_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    data = recipe.data
+    examples = supervised_examples(TOKENIZER_EXAMPLES, recipe.seed, data.difficulty, data.families, 0.5)
+    assert recipe.policy.vocab_size is not None
+    return train_tokenizer((data.prompt(prompt) + solution for prompt, solution in examples), recipe.policy.vocab_size)
+
+
+def made_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> PolicyConfig:
+    own = {"lockstep": {"chunk_size": recipe.policy.chunk_size}}
+    tokens = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
+    return PolicyConfig.from_hf({**recipe.policy.config, **tokens, **own})
+
+
+def _warm_start(
+    recipe: Recipe,
+    warm_start: WarmStartConfig,
+    config: PolicyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    system: System,
+    console: Console,
+) -> None:
+    trainer = recipe.trainer.model_copy(
+        update={"learning_rate": warm_start.learning_rate, "warmup_steps": warm_start.warmup_steps}
+    )
+    dtype = DTYPES[recipe.policy.dtype]
+    start = system.trainer.start_supervised.remote(config, dtype, recipe.seed, trainer, warm_start.steps)
+    console.print(
+        f"base policy: {system.call('the policy', start)[0]:,} parameters, {warm_start.steps} supervised steps"
+    )
+    batches = _batches(recipe, warm_start, tokenizer)
+    begin = last = time.monotonic()
+    pending = system.trainer.supervised_step.remote(next(batches))
+    for step in range(1, warm_start.steps + 1):
+        # The next batch is made while the trainer works on this one.
+        following = system.trainer.supervised_step.remote(next(batches)) if step < warm_start.steps else None
+        metrics = system.call("a supervised step", pending)[0]
+        pending = following
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES or step == warm_start.steps:
+            last = time.monotonic()
+            loss, seconds = metrics["supervised/loss"], last - begin
+            console.print(f"  supervised step {step}/{warm_start.steps}  loss {loss:.3f}  {seconds:.0f} s")
+
+
+def _batches(
+    recipe: Recipe, warm_start: WarmStartConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[tuple[np.ndarray, int]]]:
+    """Demonstrations (prompt and solution ids, prompt length), a step's tokens at a time."""
+    data = recipe.data
+    examples = supervised_examples(2**62, recipe.seed, data.difficulty, data.families, warm_start.slip_rate)
+    encoded = (_encode(data.prompt(prompt), solution, tokenizer) for prompt, solution in examples)
+    while True:
+        batch, tokens = [], 0
+        while tokens < warm_start.tokens_per_step:
+            batch.append(next(encoded))
+            tokens += len(batch[-1][0])
+        yield batch
+
+
+def _encode(prompt: str, solution: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
+    prompt_ids, solution_ids = tokenizer([prompt, solution])["input_ids"]
+    ids = itertools.chain(prompt_ids, solution_ids, [tokenizer.eos_token_id])
+    return np.fromiter(ids, dtype=np.int64), len(prompt_ids)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Only whole folders ever bear the final name; a run that finished the same base first wins."""
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial)

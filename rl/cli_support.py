@@ -1,0 +1,36 @@
+"""What all commands share: the console, and errors that end in one clear message."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+
+console = Console()
+_errors = Console(stderr=True)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """A user's mistake or a machine's limit: its message and exit code 1. A defect of ours keeps its traceback."""
+    try:
+        yield
+    except BrokenPipeError:
+        os._exit(1)  # The reader of our output has gone; nothing can be said to it.
+    except (ValueError, FloatingPointError) as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        remedy = "; free some space and go on with --resume" if error.errno == errno.ENOSPC else ""
+        _fail(f"{error.strerror or error}{where}{remedy}. What was already written is intact")
+    except KeyboardInterrupt:
+        _errors.print("interrupted; go on with --resume")
+        raise typer.Exit(130) from None
+
+
+def _fail(message: str) -> None:
+    _errors.print("error:", style="bold red", end=" ")
+    _errors.print(message, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1)

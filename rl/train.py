@@ -1,0 +1,247 @@
+"""`lockstep train`, whole: checks, base policy, evaluation, training, evaluation, export, report."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from policy.checkpoint import DTYPES, read_config
+from policy.config import PolicyConfig
+from policy.machine import choose_dtype
+from policy.tokenizer import load_tokenizer
+from policy.transformer import Policy
+from rl.base_policy import base_policy, cache_folder, made_config, made_tokenizer
+from rl.config import Recipe, load_recipe, recipe_digest, resolved_yaml
+from rl.data import load_problems
+from rl.data_columns import Row
+from rl.export import finish_export, save_skeleton
+from rl.loop import Run, StageClock, evaluate_at, evaluation_metrics, train
+from rl.monitor import Monitor, read_metrics, replace_text
+from rl.prompts import encode_prompts
+from rl.report import summary_table, write_report
+from rl.run_folder import RunFolder
+from rl.system import System
+from trainer.state import latest_checkpoint
+
+# Keys that may differ when a run is resumed: they cannot change a bit of the result.
+FREE_KEYS = (
+    "rollout.workers",
+    "rollout.threads",
+    "rollout.max_batch",
+    "rollout.prefill_tokens",
+    "rollout.memory_mb",
+    "ray",
+    "reward.workers",
+    "loop.checkpoint_every",
+    "loop.keep_checkpoints",
+    "loop.rollouts_saved",
+)
+
+
+def resolve(recipe: Recipe) -> tuple[Recipe, str]:
+    """Replaces "auto" and null by what this machine gets, so that the recipe in the run folder decides every bit."""
+    dtype, reason = choose_dtype(recipe.policy.dtype)
+    cores = len(os.sched_getaffinity(0))
+    name = next(name for name, value in DTYPES.items() if value == dtype)
+    changes = {
+        "policy": recipe.policy.model_copy(update={"dtype": name}),
+        "trainer": recipe.trainer.model_copy(update={"threads": recipe.trainer.threads or cores}),
+        "rollout": recipe.rollout.model_copy(
+            update={"threads": recipe.rollout.threads or max(1, cores // recipe.rollout.workers)}
+        ),
+    }
+    return recipe.model_copy(update=changes), reason
+
+
+def plan(recipe: Recipe) -> str:
+    """What a run of this recipe would do; touches nothing."""
+    resolved, reason = resolve(recipe)
+    train_rows, eval_rows = _load_rows(recipe)
+    config = _planned_config(resolved)
+    loop, rollout = resolved.loop, resolved.rollout
+    cached = resolved.policy.path is None and cache_folder(resolved).is_dir()
+    base = resolved.policy.path or (f"cached in {cache_folder(resolved)}" if cached else "to be made by the warm start")
+    lines = [
+        resolved_yaml(resolved).rstrip(),
+        "---",
+        f"policy: {parameter_count(config):,} parameters, {config.num_hidden_layers} layers, "
+        f"vocabulary {config.vocab_size}",
+        f"base policy: {base}",
+        f"dtype: {reason}",
+        f"data: {len(train_rows)} training and {len(eval_rows)} held-out problems",
+        f"loop: {loop.steps} steps of {loop.prompts_per_step} prompts x {loop.group_size} completions",
+        f"workers: {rollout.workers} engines x {rollout.threads} threads, a trainer with {resolved.trainer.threads}",
+        f"recipe digest: {recipe_digest(resolved.model_dump(mode='json'))}",
+    ]
+    return "\n".join(lines)
+
+
+def _load_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
+    """Training and held-out problems."""
+    return load_problems(recipe.data, "train", recipe.seed), load_problems(recipe.data, "eval", recipe.seed)
+
+
+def _planned_config(recipe: Recipe) -> PolicyConfig:
+    if recipe.policy.path is not None:
+        return read_config(Path(recipe.policy.path))
+    tokenizer = made_tokenizer(recipe)
+    return made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
+
+
+def run_training(recipe: Recipe, run_dir: Path, resume: bool, console: Console) -> dict[str, Any]:
+    """Runs or resumes the recipe in run_dir and returns the summary.
+
+    Errors leave what was written, and a summary that says so.
+    """
+    started = load_recipe(RunFolder.open(run_dir).recipe) if resume else None
+    recipe, reason = resolve(_settled(recipe, started) if started else recipe)
+    rows = _load_rows(recipe)
+    if started:
+        _refuse_changes(run_dir, started, recipe)
+    folder = RunFolder.open(run_dir) if started else RunFolder.create(run_dir)
+    with folder.locked():
+        if not resume:
+            replace_text(folder.recipe, resolved_yaml(recipe))
+        console.print(f"run folder {folder.path}; dtype {reason}", markup=False, soft_wrap=True)
+        summary: dict[str, Any] = {"name": recipe.name, "status": "running", "versions": versions()}
+        folder.write_json(folder.summary, summary)
+        try:
+            summary |= _run(recipe, folder, rows, console)
+        except BaseException as error:
+            _record_failure(folder, summary, error)
+            raise
+        folder.write_json(folder.summary, summary)
+        write_report(folder.path)
+        console.print(summary_table(folder.path, summary))
+    return summary
+
+
+def _run(recipe: Recipe, folder: RunFolder, rows: tuple[list[Row], list[Row]], console: Console) -> dict[str, Any]:
+    clock = StageClock()
+    start = time.perf_counter()
+    with System(recipe, console) as system:
+        with clock("warm_start"):
+            base = base_policy(recipe, system, console)
+        tokenizer = load_tokenizer(base)
+        run = Run(
+            recipe,
+            folder,
+            system,
+            tokenizer,
+            prompts=encode_prompts(rows[0], recipe.data, tokenizer),
+            eval_prompts=encode_prompts(rows[1], recipe.data, tokenizer),
+            monitor=Monitor(folder.path, console, recipe.loop.steps),
+            console=console,
+        )
+        config = system.start_training(base, DTYPES[recipe.policy.dtype])
+        system.start_engines(config, DTYPES[recipe.policy.dtype])
+        save_skeleton(folder.base, config, recipe.policy.dtype, tokenizer)
+        first_step = _restore(run)
+        system.sync_weights()
+        with clock("evaluation"):
+            before = evaluated(run, 0)
+        with clock("training"):
+            train(run, first_step)
+        with clock("evaluation"):
+            after = evaluated(run, recipe.loop.steps)
+        with clock("export"):
+            system.save_policy(folder.policy)
+            digest = finish_export(folder, folder.policy, recipe, tokenizer, recipe.loop.steps)
+        run.monitor.close()
+    clock.seconds["total"] = time.perf_counter() - start
+    return {
+        "status": "completed",
+        "steps": recipe.loop.steps,
+        "evaluation": {"before": _brief(before), "after": _brief(after)},
+        "mismatch": _mismatch_totals(folder.path),
+        "weights_digest": digest,
+        "durations": clock.seconds,
+        "parameters": parameter_count(config),
+        "regime": "aligned",
+    }
+
+
+def _restore(run: Run) -> int:
+    """Loads the newest checkpoint, if there is one, and forgets what was logged after it; returns its step."""
+    path = latest_checkpoint(run.folder.checkpoints)
+    if path is None:
+        run.monitor.truncate(0)
+        return 0
+    step = int(run.system.load_checkpoint(path)["step"])
+    run.monitor.truncate(step)
+    run.console.print(f"resumed after step {step} from {path}", markup=False, soft_wrap=True)
+    return step
+
+
+def evaluated(run: Run, step: int) -> dict[str, Any]:
+    """The evaluation after `step` steps: the one on disk if a former process made it."""
+    path = run.folder.evaluation(step)
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else evaluate_at(run, step)
+    scores = "  ".join(f"{name[5:]} {value:.3f}" for name, value in evaluation_metrics(result).items())
+    run.console.print(f"evaluation after {step} steps: {scores} on {result['problems']} held-out problems")
+    return result
+
+
+def _settled(recipe: Recipe, started: Recipe) -> Recipe:
+    """What the recipe leaves to the machine was settled when the run started; measuring again could settle it anew."""
+    dtype = started.policy.dtype if recipe.policy.dtype == "auto" else recipe.policy.dtype
+    threads = recipe.trainer.threads or started.trainer.threads
+    changes = {
+        "policy": recipe.policy.model_copy(update={"dtype": dtype}),
+        "trainer": recipe.trainer.model_copy(update={"threads": threads}),
+    }
+    return recipe.model_copy(update=changes)
+
+
+def _refuse_changes(run_dir: Path, started: Recipe, recipe: Recipe) -> None:
+    """Raises ValueError when going on with this recipe would make it another run."""
+    before, now = _flat(started.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    changed = [
+        f"{key}: {before.get(key)!r} before, {now.get(key)!r} now"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if changed:
+        raise ValueError(
+            f"{run_dir} was started with another recipe; resume it with the same one. Different: " + "; ".join(changed)
+        )
+
+
+def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat
+
+
+def _brief(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in evaluation.items() if key != "rows"}
+
+
+def _mismatch_totals(run_dir: Path) -> dict[str, int]:
+    names = ("tokens_compared", "tokens_unequal", "full_vocab_rows", "full_vocab_unequal")
+    records = read_metrics(run_dir)
+    return {name: int(sum(record.get(f"mismatch/{name}") or 0 for record in records)) for name in names}
+
+
+def _record_failure(folder: RunFolder, summary: dict[str, Any], error: BaseException) -> None:
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    with contextlib.suppress(OSError):  # The error itself may be a full disk; it is the one to report.
+        folder.write_json(folder.summary, summary | {"status": status, "error": f"{type(error).__name__}: {error}"})
+
+
+def parameter_count(config: PolicyConfig) -> int:
+    with torch.device("meta"):
+        return Policy(config, torch.float32).num_parameters()
+
+
+def versions() -> dict[str, str]:
+    names = ("lockstep-rl", "torch", "ray", "transformers", "numpy", "math-verify")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

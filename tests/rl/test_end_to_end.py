@@ -1,0 +1,268 @@
+"""`lockstep train` as a user runs it, with Ray: complete, the same bits every time, whenever it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from policy.checkpoint import load_policy, tensor_digest, weights_digest
+from policy.tokenizer import load_tokenizer
+from rl.actors import policy_digest
+from rl.config import load_recipe
+from rl.monitor import read_json_lines, read_metrics
+from rl.train import resolve
+from tests.rl.tiny import GROUP, PROMPTS, STEPS, tiny_recipe, write_recipe
+from trainer.state import latest_checkpoint, load_checkpoint
+from trainer.trainer import Trainer
+
+PATIENCE_SECONDS = 120.0
+
+
+class Command:
+    """`lockstep train` of the tiny recipe in a process of its own, with a cache of base policies of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run, self.cache = folder, folder / "run", folder / "cache"
+        self.recipe = write_recipe(folder)
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", "from rl.cli import app; app()", "train", self.recipe, *arguments]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
+        return subprocess.Popen(
+            [*map(str, command), "--run-dir", str(self.run)],
+            env={**environment, "XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": os.getcwd(), "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def complete(self, *arguments: str) -> dict[str, Any]:
+        """Waits for the run to end well; returns its summary."""
+        process = self.start(*arguments)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode == 0, output
+        summary: dict[str, Any] = json.loads((self.run / "summary.json").read_text())
+        assert summary["status"] == "completed"
+        return summary
+
+    def stop_when(self, ready: Callable[[], bool], how: int, *arguments: str) -> str:
+        """Starts it, sends the signal as soon as `ready`, and returns what it had printed when it ended."""
+        process = self.start(*arguments)
+        wait_until(lambda: ready() or process.poll() is not None)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+        assert process.returncode != 0, f"ended before it could be stopped:\n{output}"
+        return output
+
+    def processes(self) -> dict[int, str]:
+        """Command lines by id of what runs with this cache in its environment: the driver and all that Ray started."""
+        return dict(_processes_with(f"XDG_CACHE_HOME={self.cache}"))
+
+    def checkpoint(self, step: int) -> Path:
+        return self.run / "checkpoints" / f"step_{step:06d}"
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not ready():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def _processes_with(variable: str) -> Iterator[tuple[int, str]]:
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and variable.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                yield int(entry.name), (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # It ended while we looked, or is not ours to look at.
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, dict[str, Any]]:
+    """A run that nobody disturbed, and its summary. To be read only."""
+    command = Command(tmp_path_factory.mktemp("complete"))
+    return command, command.complete()
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digest(complete: tuple[Command, dict[str, Any]]) -> str:
+    return str(complete[1]["weights_digest"])
+
+
+def test_run_folder_is_complete(complete: tuple[Command, dict[str, Any]]) -> None:
+    run = complete[0].run
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "base",
+        "checkpoints",
+        "evaluation",
+        "metrics.jsonl",
+        "policy",
+        "recipe.yaml",
+        "report.html",
+        "rollouts",
+        "summary.json",
+        "tensorboard",
+    }
+    assert {path.name for path in (run / "rollouts").iterdir()} == {f"step_{n:06d}.jsonl" for n in range(1, STEPS + 1)}
+    assert {path.name for path in (run / "evaluation").iterdir()} == {f"step_{n:06d}.json" for n in (0, 2, 4, 6)}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000005", "step_000006"}
+
+
+def test_summary_says_what_happened(complete: tuple[Command, dict[str, Any]]) -> None:
+    _, summary = complete
+    assert (summary["name"], summary["steps"], summary["regime"]) == ("tiny", STEPS, "aligned")
+    assert summary["versions"]["torch"] == torch.__version__
+    assert summary["evaluation"]["before"]["problems"] == summary["evaluation"]["after"]["problems"] == 8
+    assert summary["mismatch"]["tokens_compared"] > 1000 and summary["mismatch"]["full_vocab_rows"] > 100
+    assert summary["mismatch"]["tokens_unequal"] == summary["mismatch"]["full_vocab_unequal"] == 0
+    assert set(summary["durations"]) == {"warm_start", "evaluation", "training", "export", "total"}
+
+
+def test_metrics_have_one_line_a_step_and_tensorboard_the_same_values(
+    complete: tuple[Command, dict[str, Any]],
+) -> None:
+    run = complete[0].run
+    records = read_metrics(run)
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert all(record["mismatch/tokens_unequal"] == record["mismatch/full_vocab_unequal"] == 0 for record in records)
+    assert all((record["mismatch/tokens_compared"] or 0) > 0 for record in records)
+    assert any((record["policy/grad_norm"] or 0) > 0 for record in records)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {name for record in records for name in record} - {"step"}
+    for name in ("reward/mean", "policy/loss", "time/rollout"):
+        expected = [(record["step"], pytest.approx(record[name], rel=1e-6)) for record in records]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+
+
+def test_recipe_rollouts_and_report_read_back(complete: tuple[Command, dict[str, Any]], tmp_path: Path) -> None:
+    run = complete[0].run
+    assert load_recipe(run / "recipe.yaml") == resolve(tiny_recipe(tmp_path))[0]
+    for step in range(1, STEPS + 1):
+        groups = read_json_lines(run / "rollouts" / f"step_{step:06d}.jsonl")
+        assert len(groups) == PROMPTS and {group["step"] for group in groups} == {step}
+        assert all(len(group["completions"]) == GROUP for group in groups)
+    page = (run / "report.html").read_text()
+    assert page.startswith("<!") and page.rstrip().endswith("</html>") and "completed" in page
+
+
+def test_exported_policy_is_what_the_digest_says(complete: tuple[Command, dict[str, Any]], digest: str) -> None:
+    folder = complete[0].run / "policy"
+    tensors = load_file(folder / "model.safetensors")
+    assert weights_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()}) == digest
+    assert policy_digest(load_policy(folder)) == digest
+    assert load_tokenizer(folder).eos_token_id == load_policy(folder).config.eos_token_id
+
+
+def test_newest_checkpoint_loads_and_holds_the_exported_weights(
+    complete: tuple[Command, dict[str, Any]], digest: str
+) -> None:
+    run, recipe = complete[0].run, load_recipe(complete[0].run / "recipe.yaml")
+    trainer = Trainer(load_policy(run / "policy"), recipe.trainer, recipe.rollout.temperature)
+    newest = latest_checkpoint(run / "checkpoints")
+    assert newest is not None and load_checkpoint(newest, trainer) == {"step": STEPS}
+    assert (policy_digest(trainer.policy), trainer.policy_version) == (digest, STEPS)
+
+
+def test_nothing_is_left_running(complete: tuple[Command, dict[str, Any]]) -> None:
+    wait_until(lambda: complete[0].processes() == {})
+
+
+def test_without_ray_it_is_the_same_run(
+    complete: tuple[Command, dict[str, Any]], digest: str, finished_run: Path
+) -> None:
+    assert json.loads((finished_run / "summary.json").read_text())["weights_digest"] == digest
+    for step in range(1, STEPS + 1):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (complete[0].run / name).read_text() == (finished_run / name).read_text()
+
+
+def test_again_with_two_engines_it_ends_in_the_same_bits(command: Command, digest: str) -> None:
+    """Its own cache: the base policy is made a second time too."""
+    assert command.complete("rollout.workers=2")["weights_digest"] == digest
+
+
+def test_killed_after_a_checkpoint_it_resumes_to_the_same_bits(command: Command, digest: str) -> None:
+    command.stop_when(command.checkpoint(1).exists, signal.SIGKILL)
+    assert not (command.run / "policy").exists()
+    wait_until(lambda: command.processes() == {})
+    summary = command.complete("--resume")
+    assert summary["weights_digest"] == digest
+    assert [record["step"] for record in read_metrics(command.run)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_killed_during_the_warm_start_it_resumes_to_the_same_bits(command: Command, digest: str) -> None:
+    started = command.run / "summary.json"
+    command.stop_when(lambda: started.exists() and _trainer_is_busy(command), signal.SIGKILL)
+    assert not list(command.cache.glob("lockstep/base/*"))
+    wait_until(lambda: command.processes() == {})
+    assert command.complete("--resume")["weights_digest"] == digest
+
+
+def _trainer_is_busy(command: Command) -> bool:
+    return any("TrainerActor.supervised_step" in line for line in command.processes().values())
+
+
+@pytest.mark.slow
+def test_interrupted_it_says_how_to_go_on_and_does(command: Command, digest: str) -> None:
+    output = command.stop_when(command.checkpoint(2).exists, signal.SIGINT)
+    assert "interrupted; go on with --resume" in output and "Traceback" not in output
+    assert json.loads((command.run / "summary.json").read_text())["status"] == "interrupted"
+    wait_until(lambda: command.processes() == {})
+    assert command.complete("--resume", "rollout.workers=2")["weights_digest"] == digest
+
+
+@pytest.mark.slow
+def test_a_dead_engine_ends_the_run_with_a_message_and_it_resumes(command: Command, digest: str) -> None:
+    process = command.start()
+    wait_until(command.checkpoint(1).exists)
+    for pid, line in command.processes().items():
+        if "EngineActor" in line:
+            os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1, output
+    assert "error: a worker died while the run waited for " in output and "Continue with --resume" in output
+    assert "Traceback" not in output
+    assert command.complete("--resume")["weights_digest"] == digest
+
+
+@pytest.mark.slow
+def test_small_engine_batches_end_in_the_same_bits(command: Command, digest: str) -> None:
+    assert command.complete("rollout.max_batch=5", "rollout.prefill_tokens=16")["weights_digest"] == digest
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_run(command: Command, digest: str) -> None:
+    assert command.complete("seed=1")["weights_digest"] != digest
+
+
+@pytest.mark.slow
+def test_packing_changes_no_log_prob_of_the_first_step(
+    complete: tuple[Command, dict[str, Any]], command: Command
+) -> None:
+    """Gradients are summed by micro-batch, so later steps may differ; the log-probs before any step may not.
+
+    The base policy comes from the first run's cache, because its warm start depends on the packing too.
+    """
+    (base,) = (complete[0].cache / "lockstep" / "base").iterdir()
+    unset = ("policy.config={}", "policy.vocab_size=null", "warm_start=null", f"policy.path={base}")
+    command.complete(*unset, "trainer.token_budget=64")
+    first, other = (read_json_lines(run / "rollouts" / "step_000001.jsonl") for run in (complete[0].run, command.run))
+    assert first == other

@@ -1,0 +1,208 @@
+"""The trainer: gradients from samples, and optimizer steps from gradients.
+
+A step comes in two halves. `compute` runs forward and backward and hands back the log-probabilities; only `apply`
+changes weights. Between the two the caller can compare the log-probabilities with the engine's record, and `discard`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ops import ChunkLayout
+from policy.transformer import Policy
+from trainer.batch import FloatArray, IntArray, PackedBatch, TrainSample
+from trainer.config import TrainerConfig
+from trainer.loss import LossSums, policy_loss, supervised_loss
+from trainer.optimizer import Schedule, build_optimizer, warmup_constant
+from trainer.packing import pack_under_budget
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What `Trainer.compute` found. log_probs: float32 [completion length] for each sample, in sample order."""
+
+    log_probs: list[FloatArray]
+    metrics: dict[str, float]
+    tokens: int
+
+
+class Trainer:
+    """Trains `policy` (float32 master parameters) in this process.
+
+    temperature: the one the completions were sampled under. schedule: learning rate by finished steps; by default the
+    warmup and constant rate of `config`. Bitwise repeatable gradients need `torch.use_deterministic_algorithms(True)`
+    and a fixed thread count, both of which belong to the process and are set by whoever starts it.
+    """
+
+    def __init__(
+        self, policy: Policy, config: TrainerConfig, temperature: float, schedule: Schedule | None = None
+    ) -> None:
+        self.policy = policy
+        self.config = config
+        self.temperature = temperature
+        self.optimizer = build_optimizer(policy, config)
+        self._schedule = schedule or warmup_constant(config.learning_rate, config.warmup_steps)
+        self._policy_version = 0
+        self._gradients_ready = False
+
+    @property
+    def policy_version(self) -> int:
+        """Optimizer steps taken; also the position in the learning-rate schedule."""
+        return self._policy_version
+
+    def compute(self, samples: Sequence[TrainSample]) -> StepResult:
+        """Forward and backward over all samples. The gradients wait for `apply` or `discard`; no weight changes.
+
+        A sample of advantage 0 has gradient 0, so it goes through the forward only.
+        """
+        self._start_gradients(samples)
+        tokens = sum(sample.completion_length for sample in samples)
+        log_probs: dict[int, FloatArray] = {}
+        sums, entropy = LossSums(), 0.0
+        for has_signal in (True, False):
+            chosen = [index for index, sample in enumerate(samples) if (sample.advantage != 0.0) == has_signal]
+            for places, batch in self._micro_batches([samples[index] for index in chosen]):
+                with torch.set_grad_enabled(has_signal):
+                    batch_log_probs, batch_sums, batch_entropy = self._policy_pass(batch, tokens)
+                indices = [chosen[place] for place in places]
+                log_probs.update(zip(indices, batch.split_completions(batch_log_probs), strict=True))
+                sums, entropy = sums + batch_sums, entropy + batch_entropy
+        self._gradients_ready = True
+        return StepResult([log_probs[index] for index in range(len(samples))], _metrics(sums, entropy), tokens)
+
+    def apply(self) -> dict[str, float]:
+        """Clips the gradients that `compute` left, takes one optimizer step and counts it.
+
+        Raises FloatingPointError, with weights, moments and policy_version as they were, when the norm is not finite.
+        """
+        assert self._gradients_ready, "apply() without compute()"
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not math.isfinite(norm.item()):
+            self.discard()
+            raise FloatingPointError(
+                f"gradient norm is {norm.item()} at step {self._policy_version + 1}; no weight was changed. "
+                "Lower trainer.learning_rate and go on from the last checkpoint"
+            )
+        clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
+        learning_rate = self._schedule(self._policy_version)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.discard()
+        self._policy_version += 1
+        return {"policy/grad_norm": norm.item(), "policy/learning_rate": learning_rate}
+
+    def discard(self) -> None:
+        """Drops the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._gradients_ready = False
+
+    @torch.no_grad()
+    def log_probs(self, samples: Sequence[TrainSample]) -> list[FloatArray]:
+        """Log-probabilities under the current weights: float32 [completion length] for each sample, in order."""
+        found: dict[int, FloatArray] = {}
+        for indices, batch in self._micro_batches(samples):
+            log_probs, _ = self._predict(batch, self.temperature)
+            found.update(zip(indices, batch.split_completions(log_probs), strict=True))
+        return [found[index] for index in range(len(samples))]
+
+    @torch.no_grad()
+    def full_log_probs(self, sample: TrainSample) -> FloatArray:
+        """Log-probabilities of the whole vocabulary, float32 [completion length, V], with the sample packed alone."""
+        batch = PackedBatch.pack([sample])
+        rows, _ = batch.predictions()
+        full: FloatArray = self.policy.full_log_probs(self._hidden(batch)[rows], self.temperature).numpy()
+        return full
+
+    def supervised_step(self, demonstrations: Sequence[tuple[IntArray, int]]) -> dict[str, float]:
+        """One optimizer step of imitation. A demonstration: (input_ids int64 [prompt + completion], prompt_length)."""
+        samples = [TrainSample.demonstration(input_ids, prompt_length) for input_ids, prompt_length in demonstrations]
+        self._start_gradients(samples)
+        tokens = sum(sample.completion_length for sample in samples)
+        loss = sum(self._supervised_backward(batch, tokens) for _, batch in self._micro_batches(samples))
+        self._gradients_ready = True
+        return {"supervised/loss": loss, "supervised/tokens": float(tokens), **self.apply()}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Every tensor a checkpoint needs, by name; the live tensors, not copies.
+
+        `policy.*`: parameters and buffers, tied ones once. `step.*`, `exp_avg.*`, `exp_avg_sq.*`: AdamW's state.
+        """
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.policy.state_dict(keep_vars=True).items():
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            tensors[f"policy.{name}"] = tensor.detach()
+            if tensor in self.optimizer.state:
+                tensors |= {f"{kind}.{name}": value for kind, value in self.optimizer.state[tensor].items()}
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], policy_version: int) -> None:
+        """Takes over what `state_tensors` gave, name by name, and the steps taken by then."""
+        own = self.state_tensors()
+        assert own.keys() == tensors.keys(), "check names before load_state"
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self._policy_version = policy_version
+        self.discard()
+
+    def _start_gradients(self, samples: Sequence[TrainSample]) -> None:
+        assert samples, "a step needs at least one sample"
+        assert not self._gradients_ready, "apply() or discard() the gradients of the step before"
+        self.discard()  # Partial sums of a backward pass that raised.
+
+    def _micro_batches(self, samples: Sequence[TrainSample]) -> Iterator[tuple[list[int], PackedBatch]]:
+        lengths = [len(sample.input_ids) for sample in samples]
+        for indices in pack_under_budget(lengths, self.config.token_budget):
+            yield indices, PackedBatch.pack([samples[index] for index in indices])
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        layout = ChunkLayout.build(batch.lengths, self.policy.config.chunk_size)
+        hidden: Tensor = self.policy(batch.input_ids, layout)
+        return hidden
+
+    def _predict(self, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        rows, targets = batch.predictions()
+        return self.policy.log_probs(self._hidden(batch)[rows], targets, temperature)
+
+    def _policy_pass(self, batch: PackedBatch, num_tokens_global: int) -> tuple[Tensor, LossSums, float]:
+        """Forward, and backward where gradients are enabled."""
+        log_probs, entropy = self._predict(batch, self.temperature)
+        mask = batch.response_mask
+        loss, sums = policy_loss(
+            log_probs,
+            batch.rollout_log_probs[mask],
+            batch.advantages[mask],
+            num_tokens_global,
+            self.config.clip_ratio_low,
+            self.config.clip_ratio_high,
+        )
+        if loss.requires_grad:
+            loss.backward()
+        return log_probs.detach(), sums, entropy.double().sum().item()
+
+    def _supervised_backward(self, batch: PackedBatch, num_tokens_global: int) -> float:
+        log_probs, _ = self._predict(batch, temperature=1.0)
+        loss = supervised_loss(log_probs, num_tokens_global)
+        loss.backward()
+        return loss.item()
+
+
+def _metrics(sums: LossSums, entropy: float) -> dict[str, float]:
+    return {
+        "policy/loss": sums.loss,
+        "policy/entropy": entropy / sums.tokens,
+        "policy/clip_fraction": sums.clipped / sums.tokens,
+        "policy/approx_kl": sums.kl / sums.tokens,
+        "policy/ratio_max": sums.ratio_max,
+    }
