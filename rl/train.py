@@ -28,6 +28,7 @@ from rl.prompts import encode_prompts
 from rl.report import summary_table, write_report
 from rl.run_folder import RunFolder
 from rl.system import System
+from rl.threads import MAX_TRAINER_THREADS
 from trainer.state import latest_checkpoint
 
 # Keys that may differ when a run is resumed: they cannot change a bit of the result.
@@ -49,10 +50,11 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
     """Replaces "auto" and null by what this machine gets, so that the recipe in the run folder decides every bit."""
     dtype, reason = choose_dtype(recipe.policy.dtype)
     cores = len(os.sched_getaffinity(0))
+    trainer_threads = recipe.trainer.threads or min(cores, MAX_TRAINER_THREADS)
     name = next(name for name, value in DTYPES.items() if value == dtype)
     changes = {
         "policy": recipe.policy.model_copy(update={"dtype": name}),
-        "trainer": recipe.trainer.model_copy(update={"threads": recipe.trainer.threads or cores}),
+        "trainer": recipe.trainer.model_copy(update={"threads": trainer_threads}),
         "rollout": recipe.rollout.model_copy(
             update={"threads": recipe.rollout.threads or max(1, cores // recipe.rollout.workers)}
         ),

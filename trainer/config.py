@@ -12,7 +12,7 @@ class TrainerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    threads: int | None = Field(None, ge=1, description="CPU threads of the trainer; null uses every core.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the trainer; null uses every core, at most 4.")
     token_budget: int = Field(
         8192, ge=1, description="Most tokens in a micro-batch; a longer sequence gets a micro-batch of its own."
     )

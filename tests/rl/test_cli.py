@@ -211,7 +211,7 @@ def test_report_is_written_anew(finished_run: Path, tmp_path: Path) -> None:
 def test_export_prints_the_digest(finished_run: Path, tmp_path: Path) -> None:
     digest = json.loads((finished_run / "summary.json").read_text())["weights_digest"]
     result = lockstep("export", finished_run, "--out", tmp_path / "out")
-    assert result.stdout == f"policy after 6 steps in {tmp_path}/out, weights digest {digest}\n"
+    assert result.stdout == f"policy after 4 steps in {tmp_path}/out, weights digest {digest}\n"
     assert "is not empty" in refusal("export", finished_run, "--out", tmp_path / "out")
 
 

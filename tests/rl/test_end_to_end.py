@@ -1,5 +1,6 @@
 """`lockstep train` as a user runs it, with Ray: complete, the same bits every time, whenever it was killed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -25,32 +26,36 @@ from tests.rl.tiny import GROUP, PROMPTS, STEPS, tiny_recipe, write_recipe
 from trainer.state import latest_checkpoint, load_checkpoint
 from trainer.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 120.0
+RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Command:
     """`lockstep train` of the tiny recipe in a process of its own, with a cache of base policies of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run, self.cache = folder, folder / "run", folder / "cache"
+        self.run, self.cache, self.output = folder / "run", folder / "cache", folder / "output.txt"
         self.recipe = write_recipe(folder)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", "from rl.cli import app; app()", "train", self.recipe, *arguments]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
-        return subprocess.Popen(
-            [*map(str, command), "--run-dir", str(self.run)],
-            env={**environment, "XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": os.getcwd(), "COLUMNS": "200"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_", "RAY_"))
+        }
+        # Into a file: what outlives a killed driver would keep a pipe open.
+        with self.output.open("w") as output:
+            return subprocess.Popen(
+                [*map(str, command), "--run-dir", str(self.run)],
+                env={**environment, "XDG_CACHE_HOME": str(self.cache), "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def complete(self, *arguments: str) -> dict[str, Any]:
         """Waits for the run to end well; returns its summary."""
         process = self.start(*arguments)
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode == 0, output
+        assert process.wait(PATIENCE_SECONDS) == 0, self.output.read_text()
         summary: dict[str, Any] = json.loads((self.run / "summary.json").read_text())
         assert summary["status"] == "completed"
         return summary
@@ -60,13 +65,22 @@ class Command:
         process = self.start(*arguments)
         wait_until(lambda: ready() or process.poll() is not None)
         process.send_signal(how)
-        output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-        assert process.returncode != 0, f"ended before it could be stopped:\n{output}"
-        return output
+        assert process.wait(PATIENCE_SECONDS) != 0, "ended before it could be stopped"
+        return self.output.read_text()
 
     def processes(self) -> dict[int, str]:
         """Command lines by id of what runs with this cache in its environment: the driver and all that Ray started."""
         return dict(_processes_with(f"XDG_CACHE_HOME={self.cache}"))
+
+    def workers(self) -> list[str]:
+        """All of them but two idle agents of Ray's, which outlive a killed driver by a minute."""
+        return [line for line in self.processes().values() if not line.startswith(RAY_AGENTS)]
+
+    def end(self) -> None:
+        """Leaves nothing behind, whatever the test did."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def checkpoint(self, step: int) -> Path:
         return self.run / "checkpoints" / f"step_{step:06d}"
@@ -88,24 +102,32 @@ def _processes_with(variable: str) -> Iterator[tuple[int, str]]:
             continue  # It ended while we looked, or is not ours to look at.
 
 
+Complete = tuple[Command, dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def complete(tmp_path_factory: pytest.TempPathFactory) -> tuple[Command, dict[str, Any]]:
+def complete(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Complete]:
     """A run that nobody disturbed, and its summary. To be read only."""
     command = Command(tmp_path_factory.mktemp("complete"))
-    return command, command.complete()
+    try:
+        yield command, command.complete()
+    finally:
+        command.end()
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return Command(tmp_path)
+def command(tmp_path: Path) -> Iterator[Command]:
+    command = Command(tmp_path)
+    yield command
+    command.end()
 
 
 @pytest.fixture(scope="module")
-def digest(complete: tuple[Command, dict[str, Any]]) -> str:
+def digest(complete: Complete) -> str:
     return str(complete[1]["weights_digest"])
 
 
-def test_run_folder_is_complete(complete: tuple[Command, dict[str, Any]]) -> None:
+def test_run_folder_is_complete(complete: Complete) -> None:
     run = complete[0].run
     assert {path.name for path in run.iterdir()} == {
         ".lock",
@@ -121,22 +143,22 @@ def test_run_folder_is_complete(complete: tuple[Command, dict[str, Any]]) -> Non
         "tensorboard",
     }
     assert {path.name for path in (run / "rollouts").iterdir()} == {f"step_{n:06d}.jsonl" for n in range(1, STEPS + 1)}
-    assert {path.name for path in (run / "evaluation").iterdir()} == {f"step_{n:06d}.json" for n in (0, 2, 4, 6)}
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000005", "step_000006"}
+    assert {path.name for path in (run / "evaluation").iterdir()} == {f"step_{n:06d}.json" for n in (0, 2, 4)}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_000003", "step_000004"}
 
 
-def test_summary_says_what_happened(complete: tuple[Command, dict[str, Any]]) -> None:
+def test_summary_says_what_happened(complete: Complete) -> None:
     _, summary = complete
     assert (summary["name"], summary["steps"], summary["regime"]) == ("tiny", STEPS, "aligned")
     assert summary["versions"]["torch"] == torch.__version__
     assert summary["evaluation"]["before"]["problems"] == summary["evaluation"]["after"]["problems"] == 8
-    assert summary["mismatch"]["tokens_compared"] > 1000 and summary["mismatch"]["full_vocab_rows"] > 100
+    assert summary["mismatch"]["tokens_compared"] > 1000 and summary["mismatch"]["full_vocab_rows"] > 50
     assert summary["mismatch"]["tokens_unequal"] == summary["mismatch"]["full_vocab_unequal"] == 0
     assert set(summary["durations"]) == {"warm_start", "evaluation", "training", "export", "total"}
 
 
 def test_metrics_have_one_line_a_step_and_tensorboard_the_same_values(
-    complete: tuple[Command, dict[str, Any]],
+    complete: Complete,
 ) -> None:
     run = complete[0].run
     records = read_metrics(run)
@@ -151,7 +173,7 @@ def test_metrics_have_one_line_a_step_and_tensorboard_the_same_values(
         assert [(event.step, event.value) for event in events.Scalars(name)] == expected
 
 
-def test_recipe_rollouts_and_report_read_back(complete: tuple[Command, dict[str, Any]], tmp_path: Path) -> None:
+def test_recipe_rollouts_and_report_read_back(complete: Complete, tmp_path: Path) -> None:
     run = complete[0].run
     assert load_recipe(run / "recipe.yaml") == resolve(tiny_recipe(tmp_path))[0]
     for step in range(1, STEPS + 1):
@@ -162,7 +184,7 @@ def test_recipe_rollouts_and_report_read_back(complete: tuple[Command, dict[str,
     assert page.startswith("<!") and page.rstrip().endswith("</html>") and "completed" in page
 
 
-def test_exported_policy_is_what_the_digest_says(complete: tuple[Command, dict[str, Any]], digest: str) -> None:
+def test_exported_policy_is_what_the_digest_says(complete: Complete, digest: str) -> None:
     folder = complete[0].run / "policy"
     tensors = load_file(folder / "model.safetensors")
     assert weights_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()}) == digest
@@ -170,9 +192,7 @@ def test_exported_policy_is_what_the_digest_says(complete: tuple[Command, dict[s
     assert load_tokenizer(folder).eos_token_id == load_policy(folder).config.eos_token_id
 
 
-def test_newest_checkpoint_loads_and_holds_the_exported_weights(
-    complete: tuple[Command, dict[str, Any]], digest: str
-) -> None:
+def test_newest_checkpoint_loads_and_holds_the_exported_weights(complete: Complete, digest: str) -> None:
     run, recipe = complete[0].run, load_recipe(complete[0].run / "recipe.yaml")
     trainer = Trainer(load_policy(run / "policy"), recipe.trainer, recipe.rollout.temperature)
     newest = latest_checkpoint(run / "checkpoints")
@@ -180,13 +200,11 @@ def test_newest_checkpoint_loads_and_holds_the_exported_weights(
     assert (policy_digest(trainer.policy), trainer.policy_version) == (digest, STEPS)
 
 
-def test_nothing_is_left_running(complete: tuple[Command, dict[str, Any]]) -> None:
+def test_nothing_is_left_running(complete: Complete) -> None:
     wait_until(lambda: complete[0].processes() == {})
 
 
-def test_without_ray_it_is_the_same_run(
-    complete: tuple[Command, dict[str, Any]], digest: str, finished_run: Path
-) -> None:
+def test_without_ray_it_is_the_same_run(complete: Complete, digest: str, finished_run: Path) -> None:
     assert json.loads((finished_run / "summary.json").read_text())["weights_digest"] == digest
     for step in range(1, STEPS + 1):
         name = f"rollouts/step_{step:06d}.jsonl"
@@ -201,7 +219,7 @@ def test_again_with_two_engines_it_ends_in_the_same_bits(command: Command, diges
 def test_killed_after_a_checkpoint_it_resumes_to_the_same_bits(command: Command, digest: str) -> None:
     command.stop_when(command.checkpoint(1).exists, signal.SIGKILL)
     assert not (command.run / "policy").exists()
-    wait_until(lambda: command.processes() == {})
+    wait_until(lambda: command.workers() == [])
     summary = command.complete("--resume")
     assert summary["weights_digest"] == digest
     assert [record["step"] for record in read_metrics(command.run)] == list(range(1, STEPS + 1))
@@ -222,7 +240,7 @@ def _trainer_is_busy(command: Command) -> bool:
 
 @pytest.mark.slow
 def test_interrupted_it_says_how_to_go_on_and_does(command: Command, digest: str) -> None:
-    output = command.stop_when(command.checkpoint(2).exists, signal.SIGINT)
+    output = command.stop_when(command.checkpoint(1).exists, signal.SIGINT)
     assert "interrupted; go on with --resume" in output and "Traceback" not in output
     assert json.loads((command.run / "summary.json").read_text())["status"] == "interrupted"
     wait_until(lambda: command.processes() == {})
@@ -236,8 +254,8 @@ def test_a_dead_engine_ends_the_run_with_a_message_and_it_resumes(command: Comma
     for pid, line in command.processes().items():
         if "EngineActor" in line:
             os.kill(pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 1, output
+    assert process.wait(PATIENCE_SECONDS) == 1
+    output = command.output.read_text()
     assert "error: a worker died while the run waited for " in output and "Continue with --resume" in output
     assert "Traceback" not in output
     assert command.complete("--resume")["weights_digest"] == digest
@@ -254,9 +272,7 @@ def test_another_seed_is_another_run(command: Command, digest: str) -> None:
 
 
 @pytest.mark.slow
-def test_packing_changes_no_log_prob_of_the_first_step(
-    complete: tuple[Command, dict[str, Any]], command: Command
-) -> None:
+def test_packing_changes_no_log_prob_of_the_first_step(complete: Complete, command: Command) -> None:
     """Gradients are summed by micro-batch, so later steps may differ; the log-probs before any step may not.
 
     The base policy comes from the first run's cache, because its warm start depends on the packing too.

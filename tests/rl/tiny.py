@@ -51,9 +51,9 @@ data: {train_size: 40, eval_size: 8, families: [remainder]}
 rollout: {max_new_tokens: 40, max_batch: 32, memory_mb: 32, threads: 1}
 trainer: {threads: 1, token_budget: 512, learning_rate: 1.0e-3}
 evaluation: {samples: 2, every: 2, max_new_tokens: 40}
-loop: {steps: 6, prompts_per_step: 4, group_size: 4, checkpoint_every: 1}
+loop: {steps: 4, prompts_per_step: 4, group_size: 4, checkpoint_every: 1}
 """
-STEPS, PROMPTS, GROUP = 6, 4, 4
+STEPS, PROMPTS, GROUP = 4, 4, 4
 
 
 def write_recipe(folder: Path) -> Path:
