@@ -46,7 +46,6 @@ class TrainerActor:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
         self.trainer: Trainer
 
     def ready(self) -> int:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from policy.checkpoint import DTYPES
 from policy.config import PolicyConfig
-from policy.tokenizer import train_tokenizer
+from policy.tokenizer import load_tokenizer, train_tokenizer
 from rl.config import Recipe, WarmStartConfig, warm_start_digest
 from rl.problems import supervised_examples
 from rl.system import System
@@ -45,8 +45,8 @@ def cache_folder(recipe: Recipe) -> Path:
     return root / "lockstep" / "base" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def base_policy(recipe: Recipe, system: System, console: Console) -> Path:
-    """The Hugging Face folder of the base policy; makes it first where there is none."""
+def base_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, system: System, console: Console) -> Path:
+    """The Hugging Face folder of the base policy; makes it first, with the tokenizer given, where there is none."""
     if recipe.policy.path is not None:
         return Path(recipe.policy.path)
     folder = cache_folder(recipe)
@@ -54,7 +54,6 @@ def base_policy(recipe: Recipe, system: System, console: Console) -> Path:
         console.print(f"base policy: from {folder}")
         return folder
     assert recipe.warm_start is not None
-    tokenizer = made_tokenizer(recipe)
     config = made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     _warm_start(recipe, recipe.warm_start, config, tokenizer, system, console)
@@ -64,7 +63,10 @@ def base_policy(recipe: Recipe, system: System, console: Console) -> Path:
     return folder
 
 
-def made_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+def base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base policy, before there is one: the given folder's, or one made from worked solutions."""
+    if recipe.policy.path is not None:
+        return load_tokenizer(Path(recipe.policy.path))
     data = recipe.data
     examples = supervised_examples(TOKENIZER_EXAMPLES, recipe.seed, data.difficulty, data.families, 0.5)
     assert recipe.policy.vocab_size is not None
@@ -110,16 +112,18 @@ def _warm_start(
 def _batches(
     recipe: Recipe, warm_start: WarmStartConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[list[tuple[np.ndarray, int]]]:
-    """Demonstrations (prompt and solution ids, prompt length), a step's tokens at a time."""
+    """Demonstrations (prompt and solution ids, prompt length): as many as fit a step's tokens, at least one."""
     data = recipe.data
     examples = supervised_examples(2**62, recipe.seed, data.difficulty, data.families, warm_start.slip_rate)
     encoded = (_encode(data.prompt(prompt), solution, tokenizer) for prompt, solution in examples)
-    while True:
-        batch, tokens = [], 0
-        while tokens < warm_start.tokens_per_step:
-            batch.append(next(encoded))
-            tokens += len(batch[-1][0])
-        yield batch
+    batch: list[tuple[np.ndarray, int]] = []
+    tokens = 0
+    for demonstration in encoded:
+        if batch and tokens + len(demonstration[0]) > warm_start.tokens_per_step:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(demonstration)
+        tokens += len(demonstration[0])
 
 
 def _encode(prompt: str, solution: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:

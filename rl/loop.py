@@ -5,6 +5,7 @@ log-probs are the trainer's to the bit, they serve as the old log-probs of the r
 forward is needed.
 """
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -168,7 +169,10 @@ def report_mismatch(run: Run, comparison: Comparison) -> None:
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    run.system.save_checkpoint(checkpoint_path(run.folder.checkpoints, step), {"step": step})
+    path = checkpoint_path(run.folder.checkpoints, step)
+    if path.exists():  # written by a worker that outlived the killed run which this one continues
+        shutil.rmtree(path)
+    run.system.save_checkpoint(path, {"step": step})
     prune(run.folder.checkpoints, run.recipe.loop.keep_checkpoints)
 
 

@@ -6,25 +6,25 @@ import json
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from policy.checkpoint import DTYPES, read_config
 from policy.config import PolicyConfig
 from policy.machine import choose_dtype
-from policy.tokenizer import load_tokenizer
 from policy.transformer import Policy
-from rl.base_policy import base_policy, cache_folder, made_config, made_tokenizer
+from rl.base_policy import base_policy, base_tokenizer, cache_folder, made_config
 from rl.config import Recipe, load_recipe, recipe_digest, resolved_yaml
 from rl.data import load_problems
-from rl.data_columns import Row
 from rl.export import finish_export, save_skeleton
 from rl.loop import Run, StageClock, evaluate_at, evaluation_metrics, train
 from rl.monitor import Monitor, read_metrics, replace_text
-from rl.prompts import encode_prompts
+from rl.prompts import Prompt, encode_prompts
 from rl.report import summary_table, write_report
 from rl.run_folder import RunFolder
 from rl.system import System
@@ -65,8 +65,8 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
 def plan(recipe: Recipe) -> str:
     """What a run of this recipe would do; touches nothing."""
     resolved, reason = resolve(recipe)
-    train_rows, eval_rows = _load_rows(recipe)
-    config = _planned_config(resolved)
+    materials = prepare(recipe)
+    config = _planned_config(resolved, materials.tokenizer)
     loop, rollout = resolved.loop, resolved.rollout
     cached = resolved.policy.path is None and cache_folder(resolved).is_dir()
     base = resolved.policy.path or (f"cached in {cache_folder(resolved)}" if cached else "to be made by the warm start")
@@ -77,7 +77,7 @@ def plan(recipe: Recipe) -> str:
         f"vocabulary {config.vocab_size}",
         f"base policy: {base}",
         f"dtype: {reason}",
-        f"data: {len(train_rows)} training and {len(eval_rows)} held-out problems",
+        f"data: {len(materials.prompts)} training and {len(materials.eval_prompts)} held-out problems",
         f"loop: {loop.steps} steps of {loop.prompts_per_step} prompts x {loop.group_size} completions",
         f"workers: {rollout.workers} engines x {rollout.threads} threads, a trainer with {resolved.trainer.threads}",
         f"recipe digest: {recipe_digest(resolved.model_dump(mode='json'))}",
@@ -85,15 +85,27 @@ def plan(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _load_rows(recipe: Recipe) -> tuple[list[Row], list[Row]]:
-    """Training and held-out problems."""
-    return load_problems(recipe.data, "train", recipe.seed), load_problems(recipe.data, "eval", recipe.seed)
+@dataclass(frozen=True)
+class Materials:
+    """What a run works on, read and encoded before anything is started or written."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
 
 
-def _planned_config(recipe: Recipe) -> PolicyConfig:
+def prepare(recipe: Recipe) -> Materials:
+    """Raises ValueError for problems that cannot be read, or whose prompt is too long."""
+    rows = load_problems(recipe.data, "train", recipe.seed)
+    eval_rows = load_problems(recipe.data, "eval", recipe.seed)
+    tokenizer = base_tokenizer(recipe)
+    prompts = encode_prompts(rows, recipe.data, tokenizer)
+    return Materials(tokenizer, prompts, encode_prompts(eval_rows, recipe.data, tokenizer))
+
+
+def _planned_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PolicyConfig:
     if recipe.policy.path is not None:
         return read_config(Path(recipe.policy.path))
-    tokenizer = made_tokenizer(recipe)
     return made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
 
 
@@ -104,7 +116,7 @@ def run_training(recipe: Recipe, run_dir: Path, resume: bool, console: Console) 
     """
     started = load_recipe(RunFolder.open(run_dir).recipe) if resume else None
     recipe, reason = resolve(_settled(recipe, started) if started else recipe)
-    rows = _load_rows(recipe)
+    materials = prepare(recipe)
     if started:
         _refuse_changes(run_dir, started, recipe)
     folder = RunFolder.open(run_dir) if started else RunFolder.create(run_dir)
@@ -115,7 +127,7 @@ def run_training(recipe: Recipe, run_dir: Path, resume: bool, console: Console) 
         summary: dict[str, Any] = {"name": recipe.name, "status": "running", "versions": versions()}
         folder.write_json(folder.summary, summary)
         try:
-            summary |= _run(recipe, folder, rows, console)
+            summary |= _run(recipe, folder, materials, console)
         except BaseException as error:
             _record_failure(folder, summary, error)
             raise
@@ -125,21 +137,22 @@ def run_training(recipe: Recipe, run_dir: Path, resume: bool, console: Console) 
     return summary
 
 
-def _run(recipe: Recipe, folder: RunFolder, rows: tuple[list[Row], list[Row]], console: Console) -> dict[str, Any]:
+def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Console) -> dict[str, Any]:
     clock = StageClock()
     start = time.perf_counter()
+    tokenizer = materials.tokenizer
     with System(recipe, console) as system:
         with clock("warm_start"):
-            base = base_policy(recipe, system, console)
-        tokenizer = load_tokenizer(base)
+            base = base_policy(recipe, tokenizer, system, console)
+        monitor = Monitor(folder.path, console, recipe.loop.steps)
         run = Run(
             recipe,
             folder,
             system,
             tokenizer,
-            prompts=encode_prompts(rows[0], recipe.data, tokenizer),
-            eval_prompts=encode_prompts(rows[1], recipe.data, tokenizer),
-            monitor=Monitor(folder.path, console, recipe.loop.steps),
+            materials.prompts,
+            materials.eval_prompts,
+            monitor=monitor,
             console=console,
         )
         config = system.start_training(base, DTYPES[recipe.policy.dtype])
@@ -156,7 +169,7 @@ def _run(recipe: Recipe, folder: RunFolder, rows: tuple[list[Row], list[Row]], c
         with clock("export"):
             system.save_policy(folder.policy)
             digest = finish_export(folder, folder.policy, recipe, tokenizer, recipe.loop.steps)
-        run.monitor.close()
+        monitor.close()
     clock.seconds["total"] = time.perf_counter() - start
     return {
         "status": "completed",

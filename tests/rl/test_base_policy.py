@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from policy.checkpoint import load_policy
-from policy.tokenizer import load_tokenizer
+from policy.tokenizer import load_tokenizer, train_tokenizer
 from rl.actors import policy_digest
-from rl.base_policy import _publish, base_policy, cache_folder
+from rl.base_policy import _publish, base_policy, base_tokenizer, cache_folder
 from rl.config import Recipe
 from rl.system import System
 from tests.rl.tiny import LocalSystem, tiny_recipe
@@ -27,7 +27,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _made(recipe: Recipe) -> Path:
     with LocalSystem(recipe, QUIET) as system:
-        return base_policy(recipe, system, QUIET)
+        return base_policy(recipe, base_tokenizer(recipe), system, QUIET)
 
 
 def test_second_run_takes_it_from_the_cache(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_second_run_takes_it_from_the_cache(tmp_path: Path) -> None:
     assert folder == cache_folder(recipe) and folder.is_relative_to(tmp_path / "cache")
     before = (folder / "model.safetensors").stat().st_mtime_ns
     # A system that was never entered has no trainer, so any work would fail.
-    assert base_policy(recipe, System(recipe, QUIET), QUIET) == folder
+    assert base_policy(recipe, base_tokenizer(recipe), System(recipe, QUIET), QUIET) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -94,5 +94,5 @@ def test_a_rename_that_fails_for_another_reason_is_an_error(tmp_path: Path) -> N
 def test_a_given_folder_is_used_as_it_is(tmp_path: Path) -> None:
     unset = ("policy.config={}", "policy.vocab_size=null", "warm_start=null")
     recipe = tiny_recipe(tmp_path, f"policy.path={tmp_path}", *unset)
-    assert base_policy(recipe, System(recipe, QUIET), QUIET) == tmp_path
+    assert base_policy(recipe, train_tokenizer(["1"], 300), System(recipe, QUIET), QUIET) == tmp_path
     assert not os.path.exists(tmp_path / "cache")
