@@ -19,6 +19,9 @@ ALIGNMENT = 16  # bytes, of each row's start
 FP32_COLUMNS = 4  # make ALIGNMENT
 BF16_ROWS = 2
 BF16_SMALL_PRODUCT = 4096  # rows x K x N: up to here torch does not call oneDNN
+# oneDNN compiles a kernel for every new number of rows (350 microseconds here, five times the product itself), so BF16
+# rows come in few sizes: powers of two, then steps.
+BF16_STEP = 64
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -40,39 +43,50 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dt
 
 def row_invariant_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] @ weight [N, K]^T, both of one dtype, no gradient: a row's bits depend neither on M nor on its place."""
+    return F.linear(*_padded(x, weight))[: x.shape[0]]
+
+
+def padded_rows(rows: int, weight_size: int, dtype: torch.dtype) -> int:
+    """Rows to multiply in place of `rows` by a weight of `weight_size` = K x N elements."""
+    if dtype == torch.float32:
+        return -(-max(rows, FP32_ROWS_PER_THREAD * torch.get_num_threads()) // FP32_ROWS) * FP32_ROWS
+    rows = max(rows, BF16_ROWS, BF16_SMALL_PRODUCT // weight_size + 1)
+    if rows <= BF16_STEP:
+        return 1 << (rows - 1).bit_length()
+    step = BF16_STEP if rows <= 16 * BF16_STEP else 4 * BF16_STEP
+    return -(-rows // step) * step
+
+
+def _padded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both operands, with zero rows and columns added where the library needs them to keep its promise."""
     rows, inner = x.shape
     missing_columns = -inner % FP32_COLUMNS if x.dtype == torch.float32 else 0
-    missing_rows = _padded_rows(rows, inner * weight.shape[0], x.dtype) - rows
+    missing_rows = padded_rows(rows, inner * weight.shape[0], x.dtype) - rows
     if missing_columns:
         weight = F.pad(weight, (0, missing_columns))
     if missing_rows or missing_columns:
         x = F.pad(x, (0, missing_columns, 0, missing_rows))
     elif x.data_ptr() % ALIGNMENT:
         x = x.clone()
-    return F.linear(x, weight)[:rows]
-
-
-def _padded_rows(rows: int, weight_size: int, dtype: torch.dtype) -> int:
-    if dtype == torch.float32:
-        return -(-max(rows, FP32_ROWS_PER_THREAD * torch.get_num_threads()) // FP32_ROWS) * FP32_ROWS
-    return max(rows, BF16_ROWS, BF16_SMALL_PRODUCT // weight_size + 1)
+    return x, weight
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        operand, matrix = x.to(dtype), weight.to(dtype)
+        operand, matrix = _padded(x.to(dtype), weight.to(dtype))
         ctx.save_for_backward(operand, matrix)
-        ctx.dtypes = x.dtype, weight.dtype
-        return row_invariant_matmul(operand, matrix)
+        ctx.dtypes, ctx.inner = (x.dtype, weight.dtype), x.shape[1]
+        return F.linear(operand, matrix)[: x.shape[0]]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         operand, matrix = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        grad = grad.to(operand.dtype)
-        grad_x = (grad @ matrix).to(x_dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (grad.t() @ operand).to(weight_dtype) if ctx.needs_input_grad[1] else None
+        rows, inner = grad.shape[0], ctx.inner
+        grad = F.pad(grad.to(operand.dtype), (0, 0, 0, operand.shape[0] - rows))
+        grad_x = (grad @ matrix)[:rows, :inner].to(x_dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = (grad.t() @ operand)[:, :inner].to(weight_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
 

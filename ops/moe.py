@@ -8,13 +8,14 @@ expert order, so neither the order of scores nor who else is in the batch moves 
 Letters: T tokens, E experts, k experts per token, D model, F expert width.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.elementwise import sigmoid
-from ops.linear import grouped_linear
+from ops.linear import grouped_linear, padded_rows
 from ops.swiglu import swiglu
 
 
@@ -70,15 +71,30 @@ def experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, wei
 
 def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """x FP32 [T, D], gate_up [E, 2F, D], down [E, D, F], ids and weights [T, k] from `route` -> FP32 [T, D]."""
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)  # assignments by expert, tokens ascending inside each
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
-    counts = flat.bincount(minlength=gate_up.shape[0]).tolist()
-    rows = _Permute.apply(x.to(dtype), order, place, ids.shape[1])
-    hidden = swiglu(grouped_linear(rows, gate_up, counts, dtype))
-    y: Tensor = _Combine.apply(grouped_linear(hidden, down, counts, dtype), weights, order, place.view_as(ids))
+    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
+    hidden = swiglu(grouped_linear(_Permute.apply(x.to(dtype), rows.source, rows.place), gate_up, rows.counts, dtype))
+    y: Tensor = _Combine.apply(grouped_linear(hidden, down, rows.counts, dtype), weights, rows.source, rows.place)
     return y
+
+
+@dataclass(frozen=True)
+class _ExpertRows:
+    """Where assignments go: rows grouped by expert, ascending tokens inside each group, groups padded in length."""
+
+    source: Tensor  # [R] token of each row; a padding row repeats token 0 and is read by nobody
+    place: Tensor  # [T, k] row of each assignment
+    counts: list[int]  # [E] rows of each group
+
+
+def _arrange(ids: Tensor, weight_size: int, experts: int, dtype: torch.dtype) -> _ExpertRows:
+    flat = ids.flatten()
+    order, used = flat.argsort(stable=True), flat.bincount(minlength=experts)
+    counts = [padded_rows(count, weight_size, dtype) if count else 0 for count in used.tolist()]
+    padding = torch.tensor(counts) - used
+    destination = torch.arange(len(order)) + (padding.cumsum(0) - padding).repeat_interleave(used)
+    source = order.new_zeros(sum(counts)).index_copy_(0, destination, order // ids.shape[1])
+    place = torch.empty_like(order).index_copy_(0, order, destination)
+    return _ExpertRows(source, place.view_as(ids), counts)
 
 
 class _Sigmoid(torch.autograd.Function):
@@ -95,30 +111,29 @@ class _Sigmoid(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Token rows to assignment rows; backward sums a token's assignments in slot order instead of by scattered adds."""
+    """Token rows to expert rows; backward sums a token's assignments in slot order instead of by scattered adds."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, place: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(place)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
+        return x.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        slots = place.view(-1, ctx.top_k).unbind(1)
+        slots = place.unbind(1)
         total = grad.index_select(0, slots[0]).float()
         for slot in slots[1:]:
             total += grad.index_select(0, slot)
-        return total.to(grad.dtype), None, None, None
+        return total.to(grad.dtype), None, None
 
 
 class _Combine(torch.autograd.Function):
     """y [T, D] = sum over slots, in order, of weights[:, slot] * rows[place[:, slot]], in FP32."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, order, place)
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, source, place)
         total = rows.new_zeros(len(place), rows.shape[1], dtype=torch.float32)
         for slot, weight in zip(place.unbind(1), weights.unbind(1), strict=True):
             total += rows.index_select(0, slot).float().mul_(weight.unsqueeze(1))
@@ -126,9 +141,8 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weights, order, place = ctx.saved_tensors
-        top_k = place.shape[1]
-        per_row = grad.index_select(0, order // top_k)
+        rows, weights, source, place = ctx.saved_tensors
+        per_row = grad.index_select(0, source)
         grad_weights = (per_row * rows.float()).sum(-1)[place]
-        grad_rows = per_row.mul_(weights.flatten()[order].unsqueeze(1))
-        return grad_rows.to(rows.dtype), grad_weights, None, None
+        row_weights = grad.new_zeros(len(rows)).index_copy_(0, place.flatten(), weights.flatten())  # 0 for padding
+        return per_row.mul_(row_weights.unsqueeze(1)).to(rows.dtype), grad_weights, None, None
