@@ -7,7 +7,7 @@ blocks and the vocabulary in fixed blocks merged in ascending order, so a row's 
 A2). Backward recomputes. The engine's sampler and the trainer both come here for a token's log-probability (A7).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: floa
 def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature) -> Tensor:
     """Log-probs over the whole vocabulary, FP32 [T, V], equal in bits to `log_probs` at every target: for checks on a
     few rows."""
-    head = weight.float()
-    _, log_sum, _ = _row_statistics(hidden, head, temperature, hidden.new_zeros(len(hidden), dtype=torch.int64))
-    return torch.cat([x for _, x in _logit_blocks(hidden, head, temperature)], dim=1).sub_(log_sum.unsqueeze(1))
+    blocks = list(_logit_blocks(hidden, weight.float(), temperature))
+    _, log_sum, _ = _row_statistics(blocks, torch.zeros(len(hidden), dtype=torch.int64))
+    return torch.cat([x for _, x in blocks], dim=1).sub_(log_sum.unsqueeze(1))
 
 
 def _logit_blocks(hidden: Tensor, head: Tensor, temperature: Temperature) -> Iterator[tuple[int, Tensor]]:
@@ -48,13 +48,11 @@ def _logit_blocks(hidden: Tensor, head: Tensor, temperature: Temperature) -> Ite
         yield first, row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous().div_(temperature)
 
 
-def _row_statistics(
-    hidden: Tensor, head: Tensor, temperature: Temperature, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logit of the target over temperature, log sum exp, and entropy: FP32 [T] each."""
-    top = hidden.new_full((len(hidden),), float("-inf"))
+def _row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the blocks of x: x at the target, log sum exp, and entropy, FP32 [T] each."""
+    top = torch.full((len(targets),), float("-inf"))
     total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.empty_like(top)
-    for first, x in _logit_blocks(hidden, head, temperature):
+    for first, x in blocks:
         local, inside = _inside(targets, first, x.shape[1])
         chosen = torch.where(inside, x.gather(1, local).squeeze(1), chosen)
         new_top = torch.maximum(top, x.amax(-1))
@@ -78,7 +76,7 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         head = weight.float()
         blocks = [
-            _row_statistics(rows, head, temperature, row_targets)
+            _row_statistics(_logit_blocks(rows, head, temperature), row_targets)
             for rows, row_targets in zip(hidden.split(ROW_BLOCK), targets.split(ROW_BLOCK), strict=True)
         ]
         chosen, log_sum, entropy = (torch.cat(parts) for parts in zip(*blocks, strict=True))

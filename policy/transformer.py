@@ -198,9 +198,10 @@ class Policy(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def to_working_dtype(self) -> "Policy":
-        """Drops the FP32 masters: parameters become the working dtype, as an engine keeps them."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.dtype)
+        """Drops the FP32 masters, as an engine does. The head stays stored in FP32, in which it is multiplied."""
+        for name, parameter in self.named_parameters():
+            rounded = parameter.data.to(self.dtype)
+            parameter.data = rounded.float() if name == "lm_head" else rounded
             parameter.requires_grad_(False)
         return self
 
