@@ -77,9 +77,9 @@ def _summary_rows(run_dir: Path, summary: Mapping[str, Any]) -> list[tuple[str, 
         rows.append(("weights digest", digest))
     if durations := summary.get("durations"):
         rows.append(("time", ", ".join(f"{_label(name)} {duration(value)}" for name, value in durations.items())))
-    rows.append(("metrics", str(run_dir / METRICS_FILE)))
-    rows.append(("report", str(run_dir / REPORT_FILE)))
-    return rows
+    paths = {"policy": "policy", "checkpoints": "checkpoints", "rollouts": "rollouts"}
+    paths |= {"metrics": METRICS_FILE, "tensorboard": "tensorboard", "report": REPORT_FILE}
+    return rows + [(label, str(run_dir / name)) for label, name in paths.items() if (run_dir / name).exists()]
 
 
 def _score_line(evaluation: Mapping[str, Any]) -> str:
