@@ -24,7 +24,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class PolicyConfig(_Section):
+class PolicySource(_Section):
     """Where the policy comes from: a Hugging Face folder (`path`), or a new one (`config` and `vocab_size`)."""
 
     path: str | None = Field(None, min_length=1, description="Hugging Face folder of the policy to train.")
@@ -111,7 +111,7 @@ class Recipe(_Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its folder.")
     seed: int = Field(0, ge=0, lt=2**32, description="Decides initial weights, data order and every sampled token.")
-    policy: PolicyConfig
+    policy: PolicySource
     warm_start: WarmStartConfig | None = None
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -157,5 +157,6 @@ def _connect(address: str | None) -> None:
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         where = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise ValueError(
-            f"cannot start or reach {where}: {error}. Check ray.address and RAY_ADDRESS, or unset both"
+            f"cannot start or reach {where}: {error}. Check ray.address and RAY_ADDRESS (and RAY_AUTH_TOKEN, where the "
+            "cluster asks for a token), or unset them"
         ) from None
