@@ -7,6 +7,7 @@ forward is needed.
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def train_step(run: Run, step: int, prompts: list[Prompt]) -> dict[str, float]:
     """One step of GRPO; returns its metrics. Raises MismatchError before any weight changes."""
     clock, start = StageClock(), time.perf_counter()
     with clock("rollout"):
-        completions = run.system.generate(step_requests(run.recipe, step, prompts))
+        completions = run.system.generate(step_requests(run.recipe, step, prompts, len(run.prompts)))
     with clock("reward"):
         scored = score(run, prompts, completions)
     with clock("train"):
@@ -111,24 +112,30 @@ def train_step(run: Run, step: int, prompts: list[Prompt]) -> dict[str, float]:
     }
 
 
-def step_requests(recipe: Recipe, step: int, prompts: list[Prompt]) -> list[Request]:
+def step_requests(recipe: Recipe, step: int, prompts: list[Prompt], num_rows: int) -> list[Request]:
+    """One request for each prompt. A row asked again in the same step draws as another row would, beyond the last."""
     loop, rollout = recipe.loop, recipe.rollout
     sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     pairs = [(place, sample) for place in range(len(prompts)) for sample in range(loop.group_size)]
     full_vocab = full_vocab_choice(recipe.seed, step, pairs, loop.full_vocab_sequences)
-    return [
-        Request(
-            request_id=place,
-            prompt_ids=prompt.token_ids,
-            num_samples=loop.group_size,
-            sampling=sampling,
-            seed=recipe.seed,
-            step=step,
-            prompt=prompt.index,
-            full_vocab_samples=full_vocab.get(place, ()),
+    asked: Counter[int] = Counter()
+    requests = []
+    for place, prompt in enumerate(prompts):
+        draws_as = prompt.index + num_rows * asked[prompt.index]
+        asked[prompt.index] += 1
+        requests.append(
+            Request(
+                request_id=place,
+                prompt_ids=prompt.token_ids,
+                num_samples=loop.group_size,
+                sampling=sampling,
+                seed=recipe.seed,
+                step=step,
+                prompt=draws_as,
+                full_vocab_samples=full_vocab.get(place, ()),
+            )
         )
-        for place, prompt in enumerate(prompts)
-    ]
+    return requests
 
 
 def score(run: Run, prompts: list[Prompt], completions: list[Completion]) -> list[Scored]:

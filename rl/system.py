@@ -32,7 +32,6 @@ class System:
     def __init__(self, recipe: Recipe, console: Console) -> None:
         self.recipe, self.console = recipe, console
         self.engines: list[Any] = []
-        self.engine_seconds = 0.0
 
     def __enter__(self) -> Self:
         _connect(self.recipe.ray.address)

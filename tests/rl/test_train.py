@@ -14,9 +14,12 @@ from rich.console import Console
 from policy.checkpoint import DTYPES, load_policy
 from rl.actors import policy_digest
 from rl.base_policy import cache_folder
+from rl.data_columns import Row
 from rl.export import export_run
+from rl.loop import step_requests
 from rl.mismatch import MismatchError
 from rl.monitor import read_metrics
+from rl.prompts import Prompt
 from rl.train import FREE_KEYS, run_training
 from rollout.request import Completion, Request
 from tests.rl.tiny import STEPS, LocalSystem, full_disk_at, tiny_recipe
@@ -238,3 +241,10 @@ def test_a_full_disk_in_mid_run_leaves_a_run_that_goes_on(
     train(tmp_path, resume=True)
     assert summary_of(run)["weights_digest"] == summary_of(finished_run)["weights_digest"]
     assert [record["step"] for record in read_metrics(run)] == list(range(1, STEPS + 1))
+
+
+def test_a_row_asked_twice_in_a_step_draws_twice(tmp_path: Path) -> None:
+    rows = [Prompt(Row(str(index), "p", "1", "s"), index, "p", np.array([3, 4])) for index in range(3)]
+    requests = step_requests(tiny_recipe(tmp_path), 7, [rows[2], rows[0], rows[2], rows[2]], num_rows=3)
+    assert [request.prompt for request in requests] == [2, 0, 5, 8]
+    assert [request.request_id for request in requests] == [0, 1, 2, 3]
