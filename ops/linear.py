@@ -22,6 +22,7 @@ BF16_SMALL_PRODUCT = 4096  # rows x K x N: up to here torch does not call oneDNN
 # oneDNN compiles a kernel for every new number of rows (350 microseconds here, five times the product itself), so BF16
 # rows come in few sizes: powers of two, then steps.
 BF16_STEP = 64
+BMM_MIN_ROWS = 4  # fewer rows of a batched FP32 product have other bits
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -44,6 +45,11 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dt
 def row_invariant_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] @ weight [N, K]^T, both of one dtype, no gradient: a row's bits depend neither on M nor on its place."""
     return F.linear(*_padded(x, weight))[: x.shape[0]]
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """a FP32 [N, H, M, K] @ b [N, H, K, L], no gradient: a row keeps its bits for every N, and every M >= BMM_MIN_ROWS."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
 def padded_rows(rows: int, weight_size: int, dtype: torch.dtype) -> int:

@@ -10,8 +10,8 @@ at the tile's first position and i, j rows of the tile,
     S'  = lambda^C S + sum_j lambda^(C-1-j) k_j^T v_j
 
 A decode step has one query row but the same keys, values and state as the training tile, and a matrix product's row has
-the same bits alone (in a tile of MIN_ROWS) or among others, so decode = prefill = training in bits. The state is FP32,
-read at every step and written once per chunk; the K and V of the open chunk wait in the cache.
+the same bits alone (in a tile of BMM_MIN_ROWS) or among others, so decode = prefill = training in bits. The state is
+FP32, read at every step and written once per chunk; the K and V of the open chunk wait in the cache.
 
 Letters: T tokens, N tiles, S sequences, H heads, C chunk length, d head dimension, R query rows.
 """
@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ops.layout import ChunkLayout
-
-MIN_ROWS = 4  # fewer rows take another route through the CPU library's bmm, with other bits (measured)
+from ops.linear import BMM_MIN_ROWS, bmm
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def _cached(q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLa
         row = layout.token_row
         tile_decay = decay.tile[:, row].transpose(0, 1).unsqueeze(2)  # [N, H, 1, C]
         query_decay = decay.query[:, row].transpose(0, 1).unsqueeze(2)  # [N, H, 1, 1]
-        rows = q[:, :, None].expand(-1, -1, MIN_ROWS, -1).contiguous()
+        rows = q[:, :, None].expand(-1, -1, BMM_MIN_ROWS, -1).contiguous()
         o = _tile_output(rows, keys, values, previous, tile_decay, query_decay)[:, :, 0].contiguous()
     else:
         o = layout.from_tiles(_tile_output(layout.into_tiles(q), keys, values, previous, decay.tile, decay.query))
@@ -134,7 +133,7 @@ def _scan(
         full = layout.complete[rank]
         tiles = full + layout.ranks[rank][0]
         new_keys, new_values = keys.index_select(0, tiles), values.index_select(0, tiles)
-        update = _bmm(new_keys.mul_(decay.key).transpose(2, 3), new_values)
+        update = bmm(new_keys.mul_(decay.key).transpose(2, 3), new_values)
         return state.index_select(0, full).mul_(decay.chunk).add_(update)
 
     if len(layout.ranks) == 1:
@@ -150,12 +149,8 @@ def _tile_output(
     q: Tensor, keys: Tensor, values: Tensor, previous: Tensor, tile_decay: Tensor, query_decay: Tensor
 ) -> Tensor:
     """q [N, H, R, d], keys and values [N, H, C, d], previous [N, H, d, d] -> [N, H, R, d]."""
-    scores = _bmm(q, keys.transpose(2, 3)).mul_(tile_decay)
-    return _bmm(scores, values).add_(_bmm(q, previous).mul_(query_decay))
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+    scores = bmm(q, keys.transpose(2, 3)).mul_(tile_decay)
+    return bmm(scores, values).add_(bmm(q, previous).mul_(query_decay))
 
 
 class _Lightning(torch.autograd.Function):
@@ -175,20 +170,20 @@ class _Lightning(torch.autograd.Function):
         q, k, v, previous = ctx.saved_tensors
         decay, layout = ctx.decay, ctx.layout
         grad = layout.into_tiles(grad)
-        scores = _bmm(q, k.transpose(2, 3)).mul_(decay.tile)
-        grad_scores = _bmm(grad, v.transpose(2, 3)).mul_(decay.tile)
+        scores = bmm(q, k.transpose(2, 3)).mul_(decay.tile)
+        grad_scores = bmm(grad, v.transpose(2, 3)).mul_(decay.tile)
         grad_state = _scan_backward(q, grad, decay, layout)
         # Row scaling commutes with the product from the right: lambda^(i+1) (dO S^T), lambda^(C-1-j) (V dS^T).
-        dq = _bmm(grad_scores, k).add_(_bmm(grad, previous.transpose(2, 3)).mul_(decay.query))
-        dk = _bmm(grad_scores.transpose(2, 3), q).add_(_bmm(v, grad_state.transpose(2, 3)).mul_(decay.key))
-        dv = _bmm(scores.transpose(2, 3), grad).add_(_bmm(k, grad_state).mul_(decay.key))
+        dq = bmm(grad_scores, k).add_(bmm(grad, previous.transpose(2, 3)).mul_(decay.query))
+        dk = bmm(grad_scores.transpose(2, 3), q).add_(bmm(v, grad_state.transpose(2, 3)).mul_(decay.key))
+        dv = bmm(scores.transpose(2, 3), grad).add_(bmm(k, grad_state).mul_(decay.key))
         return layout.from_tiles(dq), layout.from_tiles(dk), layout.from_tiles(dv), None, None
 
 
 def _scan_backward(q: Tensor, grad: Tensor, decay: DecayTables, layout: ChunkLayout) -> Tensor:
     """Gradient of the state after each tile, [N, H, d, d]: from the last rank back to the first."""
     after = q.new_zeros(q.shape[0], q.shape[1], q.shape[3], grad.shape[3])
-    through = _bmm((q * decay.query).transpose(2, 3), grad)
+    through = bmm((q * decay.query).transpose(2, 3), grad)
     for (first, _), (later, count) in zip(reversed(layout.ranks[:-1]), reversed(layout.ranks[1:]), strict=True):
         after[first : first + count] = after[later : later + count] * decay.chunk + through[later : later + count]
     return after

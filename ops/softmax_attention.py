@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ops.layout import ChunkLayout
+from ops.linear import BMM_MIN_ROWS, bmm
 
-MIN_ROWS = 4  # see linear_attention: fewer rows of a bmm have other bits on a CPU
 MAX_SCORES = 1 << 24  # scores held at once (64 MiB); query tiles are taken in groups under it, which moves no bit
 
 
@@ -72,7 +72,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cach
         for pairs in pieces:
             out[pairs.query_tiles] = _forward(tiles, cache.key, cache.value, rows, pairs, layout)[0]
         return layout.from_tiles(out)
-    copies = -(-MIN_ROWS // (q.shape[1] // k.shape[1]))
+    copies = -(-BMM_MIN_ROWS // (q.shape[1] // k.shape[1]))
     tiles = q[:, :, None].expand(-1, -1, copies, -1).contiguous()
     out = torch.empty_like(q)
     for pairs in pieces:
@@ -84,7 +84,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cach
 def _query_groups(layout: ChunkLayout, block_table: np.ndarray, kv_heads: int, groups: int) -> list[_Pairs]:
     """Pairs of all query tiles, cut into pieces whose scores fit MAX_SCORES."""
     order = np.argsort(-layout.tile_chunk, kind="stable")
-    rows = MIN_ROWS if layout.is_decode else layout.chunk_size * groups
+    rows = BMM_MIN_ROWS if layout.is_decode else layout.chunk_size * groups
     room = max(1, MAX_SCORES // (kv_heads * rows * layout.chunk_size))
     # The first tile sees the most key blocks, so it bounds what a piece of tiles needs.
     pieces, begin = [], 0
@@ -112,13 +112,13 @@ def _forward(
     heads, num_rows, dim = tiles.shape[1:]
     kv_heads, chunk = keys.shape[1:3]
     q = tiles.index_select(0, pairs.query_tiles).view(-1, kv_heads, heads // kv_heads * num_rows, dim)
-    scores = _bmm(q.index_select(0, pairs.query), keys.index_select(0, pairs.key).transpose(2, 3))  # [P, K, G * R, C]
+    scores = bmm(q.index_select(0, pairs.query), keys.index_select(0, pairs.key).transpose(2, 3))  # [P, K, G * R, C]
     scores = scores.unflatten(2, (heads // kv_heads, num_rows))
     _mask_own_tile(scores, rows, pairs, chunk)
     top = _fold(scores.amax(-1), pairs, torch.maximum)
     weights = scores.sub_(top.index_select(0, pairs.query).unsqueeze(-1)).exp_()
     total = _fold(weights.sum(-1), pairs, torch.add)
-    out = _fold(_bmm(weights.flatten(2, 3), values.index_select(0, pairs.key)), pairs, torch.add)
+    out = _fold(bmm(weights.flatten(2, 3), values.index_select(0, pairs.key)), pairs, torch.add)
     out = out.view(-1, heads, num_rows, dim).div_(total.view(-1, heads, num_rows, 1))
     return out, (top + total.log()).view(-1, heads, num_rows)
 
@@ -140,10 +140,6 @@ def _fold(parts: Tensor, pairs: _Pairs, combine: Any) -> Tensor:
         combine(result[:count], parts[first : first + count], out=result[:count])
         first += count
     return result
-
-
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
 class _Softmax(torch.autograd.Function):
@@ -195,10 +191,10 @@ def _backward_at_distance(
         return x.index_select(0, query).unflatten(1, (kv_heads, groups)).flatten(2, 3)  # [P, K, G * C, ...]
 
     queries, grad_out, keys = by_kv_head(q), by_kv_head(grad), k.index_select(0, key)
-    weights = _bmm(queries, keys.transpose(2, 3)).sub_(by_kv_head(log_sum.unsqueeze(-1))).exp_()
+    weights = bmm(queries, keys.transpose(2, 3)).sub_(by_kv_head(log_sum.unsqueeze(-1))).exp_()
     if distance == 0:
         weights.unflatten(2, (groups, -1)).tril_()
-    grads[2].index_add_(0, key, _bmm(weights.transpose(2, 3), grad_out))
-    grad_scores = _bmm(grad_out, v.index_select(0, key).transpose(2, 3)).sub_(by_kv_head(mean)).mul_(weights)
-    grads[1].index_add_(0, key, _bmm(grad_scores.transpose(2, 3), queries))
-    grads[0].index_add_(0, query, _bmm(grad_scores, keys).view(-1, *q.shape[1:]))
+    grads[2].index_add_(0, key, bmm(weights.transpose(2, 3), grad_out))
+    grad_scores = bmm(grad_out, v.index_select(0, key).transpose(2, 3)).sub_(by_kv_head(mean)).mul_(weights)
+    grads[1].index_add_(0, key, bmm(grad_scores.transpose(2, 3), queries))
+    grads[0].index_add_(0, query, bmm(grad_scores, keys).view(-1, *q.shape[1:]))
