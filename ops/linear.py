@@ -48,7 +48,7 @@ def row_invariant_matmul(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """a FP32 [N, H, M, K] @ b [N, H, K, L], no gradient: a row keeps its bits for every N, and every M >= BMM_MIN_ROWS."""
+    """a FP32 [N, H, M, K] @ b [N, H, K, L], no gradient: a row keeps its bits for any N and any M >= BMM_MIN_ROWS."""
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
 
 
