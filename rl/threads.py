@@ -5,5 +5,6 @@
 # twenty times as much; 115 ms on one thread.
 THREAD_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 
-# Operators of a policy that fits a CPU are over in some 100 microseconds: waking a larger team costs what it saves.
+# Operators of a policy that fits a CPU are over in some 100 microseconds, so waking a larger team should cost what it
+# saves. An estimate, made with 2 cores at hand; trainer.threads overrides it.
 MAX_TRAINER_THREADS = 4

@@ -201,7 +201,9 @@ def test_newest_checkpoint_loads_and_holds_the_exported_weights(complete: Comple
 
 
 def test_nothing_is_left_running(complete: Complete) -> None:
+    """The workers' last moments are waited for, up to a limit that fails."""
     wait_until(lambda: complete[0].processes() == {})
+    assert complete[0].processes() == {}
 
 
 def test_without_ray_it_is_the_same_run(complete: Complete, digest: str, finished_run: Path) -> None:
