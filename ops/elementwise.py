@@ -9,7 +9,15 @@ contiguous.
 import torch
 from torch import Tensor
 
+from ops.jit import jit, tl
+
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x)) for contiguous x."""
     return torch.neg(x.contiguous()).exp_().add_(1.0).reciprocal_()
+
+
+@jit()
+def kernel_sigmoid(x):
+    """The same inside a kernel; div_rn, because the plain division of a GPU is approximate."""
+    return tl.div_rn(1.0, 1.0 + tl.exp(-x))

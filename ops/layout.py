@@ -13,6 +13,7 @@ Letters: S sequences, T tokens, N tiles, C chunk length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,9 +21,22 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class TileTables:
+    """The layout as kernels read it: int32, on the device."""
+
+    begins: Tensor  # [S] place of each sequence's first new token in the packed batch
+    lengths: Tensor  # [S] new tokens of each sequence
+    starts: Tensor  # [S] position of its first new token
+    tile_sequence: Tensor  # [N]
+    tile_chunk: Tensor  # [N] chunk index inside the sequence, from position 0
+    sequence_tiles: Tensor  # [S, ranks] tile numbers, -1 where a sequence has none
+
+
+@dataclass(frozen=True)
 class ChunkLayout:
     """Index tensors (int64) of one batch; build it once per forward and pass it to every layer."""
 
+    device: torch.device  # of the tokens; position_ids and tables are there, the rest serves the CPU path
     chunk_size: int
     lengths: np.ndarray  # [S] new tokens of each sequence
     starts: np.ndarray  # [S] position of its first new token
@@ -50,7 +64,13 @@ class ChunkLayout:
         return self.num_tokens == len(self.lengths)
 
     @classmethod
-    def build(cls, lengths: Sequence[int], chunk_size: int, starts: Sequence[int] | None = None) -> "ChunkLayout":
+    def build(
+        cls,
+        lengths: Sequence[int],
+        chunk_size: int,
+        starts: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "ChunkLayout":
         """lengths, starts: [S] ints, lengths >= 1. Raises ValueError for an empty batch or sequence."""
         n = np.asarray(lengths, dtype=np.int64)
         p0 = np.zeros_like(n) if starts is None else np.asarray(starts, dtype=np.int64)
@@ -69,10 +89,11 @@ class ChunkLayout:
         tile_sequence = np.concatenate([order[:count] for count in rank_counts])
         tile_rank = np.repeat(np.arange(len(rank_counts)), rank_counts)
         return cls(
+            device=torch.device(device),
             chunk_size=chunk_size,
             lengths=n,
             starts=p0,
-            position_ids=torch.from_numpy(positions),
+            position_ids=torch.from_numpy(positions).to(device),
             token_slot=torch.from_numpy(tile * chunk_size + positions % chunk_size),
             token_row=torch.from_numpy(positions % chunk_size),
             sequence_order=torch.from_numpy(order),
@@ -83,9 +104,27 @@ class ChunkLayout:
             tile_chunk=first_chunk[tile_sequence] + tile_rank,
         )
 
+    @cached_property
+    def tables(self) -> TileTables:
+        parts = {
+            "begins": np.cumsum(self.lengths) - self.lengths,
+            "lengths": self.lengths,
+            "starts": self.starts,
+            "tile_sequence": self.tile_sequence,
+            "tile_chunk": self.tile_chunk,
+            "sequence_tiles": self.sequence_tiles,
+        }
+        # One copy, in which every part begins at a multiple of 16 bytes: kernels are compiled for aligned pointers.
+        sizes = [-(-part.size // 4) * 4 for part in parts.values()]
+        flat = np.concatenate(
+            [np.resize(part.astype(np.int32), size) for part, size in zip(parts.values(), sizes, strict=True)]
+        )
+        pieces = torch.from_numpy(flat).to(self.device).split(sizes)
+        return TileTables(**{n: x[: parts[n].size].view(parts[n].shape) for n, x in zip(parts, pieces, strict=True)})
+
     def last_tokens(self) -> Tensor:
         """[S] index of each sequence's last new token in the packed batch."""
-        return torch.from_numpy(np.cumsum(self.lengths) - 1)
+        return torch.from_numpy(np.cumsum(self.lengths) - 1).to(self.device)
 
     def into_tiles(self, x: Tensor) -> Tensor:
         """[T, H, d] tokens to [N, H, C, d] tiles; rows without a new token are zero."""
