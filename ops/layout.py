@@ -119,7 +119,7 @@ class ChunkLayout:
         flat = np.concatenate(
             [np.resize(part.astype(np.int32), size) for part, size in zip(parts.values(), sizes, strict=True)]
         )
-        pieces = torch.from_numpy(flat).to(self.device).split(sizes)
+        pieces = torch.from_numpy(np.concatenate(padded)).to(self.device).split(sizes)
         return TileTables(**{n: x[: parts[n].size].view(parts[n].shape) for n, x in zip(parts, pieces, strict=True)})
 
     def last_tokens(self) -> Tensor:
