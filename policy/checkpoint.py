@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 over dtype, shape and raw bytes."""
     header = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    content = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.sha256(header + content.tobytes()).hexdigest()
 
 

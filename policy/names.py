@@ -51,11 +51,11 @@ def _gate_up_down(theirs: str, width: int) -> dict[str, tuple[str, Index]]:
 
 
 def export_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Copies under the family's names: weights in the working dtype, expert_bias in FP32."""
+    """Copies on the CPU under the family's names: weights in the working dtype, expert_bias in FP32."""
     state = policy.state_dict()
     return {
         name: state[ours][index]
-        .to(torch.float32 if name.endswith("expert_bias") else policy.dtype, copy=True)
+        .to("cpu", torch.float32 if name.endswith("expert_bias") else policy.dtype, copy=True)
         .contiguous()
         for name, (ours, index) in name_table(policy.config).items()
     }

@@ -205,5 +205,9 @@ class Policy(nn.Module):
             parameter.requires_grad_(False)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.device
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

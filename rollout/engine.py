@@ -29,6 +29,7 @@ from rollout.scheduler import Group, Piece, Scheduler
 class Engine:
     def __init__(self, policy: Policy, config: RolloutConfig, policy_version: int = 0) -> None:
         self.policy, self.config, self.policy_version = policy, config, policy_version
+        self.device = policy.device
         self.num_blocks = _blocks_in_budget(policy, config)
         self.pools = CachePools(policy.config, config.max_batch, self.num_blocks)
         self.blocks, self.slots = BlockPool(self.num_blocks), SlotPool(config.max_batch)
@@ -133,13 +134,14 @@ class Engine:
             [piece.end - piece.begin for piece in pieces],
             self.policy.config.chunk_size,
             [piece.begin for piece in pieces],
+            self.device,
         )
         table = np.zeros((len(pieces), self.running.block_table.shape[1]), dtype=np.int64)
         for row, piece in enumerate(pieces):
             blocks = self.scheduler.block_row(piece.group, 0)
             table[row, : len(blocks)] = blocks
-        slots = torch.tensor([piece.group.slots[0] for piece in pieces])
-        hidden = self.policy(torch.from_numpy(ids), layout, CacheView(self.pools, slots, table))
+        slots = torch.tensor([piece.group.slots[0] for piece in pieces], device=self.device)
+        hidden = self.policy(self._tensor(ids), layout, CacheView(self.pools, slots, table))
         last = {id(piece.group): row for piece, row in zip(pieces, layout.last_tokens().tolist(), strict=True)}
         done = self.scheduler.advance(pieces)
         if done:
@@ -147,7 +149,7 @@ class Engine:
                 self._fork(group)
             slots_of = np.concatenate([group.slots for group in done])
             rows = np.concatenate([[last[id(group)]] * len(group.slots) for group in done])
-            self._sample(slots_of, hidden[torch.from_numpy(rows)])
+            self._sample(slots_of, hidden[self._tensor(rows)])
 
     def _fork(self, group: Group) -> None:
         """Every sample of the group starts from the prompt computed in the first one's slot."""
@@ -159,9 +161,10 @@ class Engine:
 
     def _decode(self, slots: np.ndarray) -> None:
         state = self.running
-        layout = ops.ChunkLayout.build([1] * len(slots), self.policy.config.chunk_size, state.length[slots] - 1)
-        view = CacheView(self.pools, torch.from_numpy(slots), state.block_table[slots])
-        hidden = self.policy(torch.from_numpy(state.last_token[slots]), layout, view)
+        chunk = self.policy.config.chunk_size
+        layout = ops.ChunkLayout.build([1] * len(slots), chunk, state.length[slots] - 1, self.device)
+        view = CacheView(self.pools, self._tensor(slots), state.block_table[slots])
+        hidden = self.policy(self._tensor(state.last_token[slots]), layout, view)
         self._sample(slots, hidden)
 
     def _sample(self, slots: np.ndarray, hidden: Tensor) -> None:
@@ -169,12 +172,15 @@ class Engine:
         tokens, log_probs, rows = ops.sample(
             hidden,
             self.policy.lm_head,
-            torch.from_numpy(state.temperature[slots]),
-            torch.from_numpy(state.top_p[slots]),
-            torch.from_numpy(state.top_k[slots]),
-            torch.cat([ops.addressed_uniform(int(seed), a) for seed, a in state.addresses_by_seed(slots)]),
+            self._tensor(state.temperature[slots]),
+            self._tensor(state.top_p[slots]),
+            self._tensor(state.top_k[slots]),
+            torch.cat([ops.addressed_uniform(s, a) for s, a in state.addresses_by_seed(slots)]).to(self.device),
         )
-        state.append(slots, tokens.numpy(), log_probs.numpy(), self.policy_version, rows)
+        state.append(slots, tokens.cpu().numpy(), log_probs.cpu().numpy(), self.policy_version, rows)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
     def _collect(self) -> list[Completion]:
         completions = []

@@ -69,7 +69,7 @@ class Running:
         self.generated[slots] += 1
         self.done[slots] = (tokens == self.eos_token_id) | (self.generated[slots] >= self.limit[slots])
         for slot in self.full_vocab.keys() & set(slots.tolist()) if self.full_vocab else ():
-            self.full_vocab[slot].append(rows[int(np.flatnonzero(slots == slot)[0])].numpy().copy())
+            self.full_vocab[slot].append(rows[int(np.flatnonzero(slots == slot)[0])].cpu().numpy().copy())
 
     def abort(self, request_id: int) -> None:
         for slot in self.rows().tolist():

@@ -80,8 +80,8 @@ class PackedBatch:
     advantages: Tensor
 
     @classmethod
-    def pack(cls, samples: Sequence[TrainSample]) -> PackedBatch:
-        """Packs the samples in the order given."""
+    def pack(cls, samples: Sequence[TrainSample], device: torch.device | str = "cpu") -> PackedBatch:
+        """Packs the samples in the order given; the tensors lie on `device`."""
         lengths = tuple(len(sample.input_ids) for sample in samples)
         input_ids = torch.from_numpy(np.concatenate([sample.input_ids for sample in samples]))
         response_mask = torch.zeros(sum(lengths), dtype=torch.bool)
@@ -94,6 +94,8 @@ class PackedBatch:
             rollout_log_probs[completion] = torch.from_numpy(sample.rollout_log_probs)
             advantages[completion] = sample.advantage
             start += length
+        tensors = (input_ids, response_mask, rollout_log_probs, advantages)
+        input_ids, response_mask, rollout_log_probs, advantages = (x.to(device) for x in tensors)
         return cls(input_ids, lengths, response_mask, rollout_log_probs, advantages)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
@@ -107,5 +109,5 @@ class PackedBatch:
 
     def split_completions(self, values: Tensor) -> list[FloatArray]:
         """Cuts float32 values [N] of the completion tokens into one array for each sequence."""
-        completion_lengths = [int(mask.sum()) for mask in self.response_mask.split(list(self.lengths))]
-        return [part.numpy().copy() for part in values.split(completion_lengths)]
+        completion_lengths = [int(mask.sum()) for mask in self.response_mask.cpu().split(list(self.lengths))]
+        return [part.numpy().copy() for part in values.cpu().split(completion_lengths)]

@@ -116,9 +116,9 @@ class Trainer:
     @torch.no_grad()
     def full_log_probs(self, sample: TrainSample) -> FloatArray:
         """Log-probabilities of the whole vocabulary, float32 [completion length, V], with the sample packed alone."""
-        batch = PackedBatch.pack([sample])
+        batch = PackedBatch.pack([sample], self.policy.device)
         rows, _ = batch.predictions()
-        full: FloatArray = self.policy.full_log_probs(self._hidden(batch)[rows], self.temperature).numpy()
+        full: FloatArray = self.policy.full_log_probs(self._hidden(batch)[rows], self.temperature).cpu().numpy()
         return full
 
     def supervised_step(self, demonstrations: Sequence[tuple[IntArray, int]]) -> dict[str, float]:
@@ -164,10 +164,10 @@ class Trainer:
     def _micro_batches(self, samples: Sequence[TrainSample]) -> Iterator[tuple[list[int], PackedBatch]]:
         lengths = [len(sample.input_ids) for sample in samples]
         for indices in pack_under_budget(lengths, self.config.token_budget):
-            yield indices, PackedBatch.pack([samples[index] for index in indices])
+            yield indices, PackedBatch.pack([samples[index] for index in indices], self.policy.device)
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
-        layout = ChunkLayout.build(batch.lengths, self.policy.config.chunk_size)
+        layout = ChunkLayout.build(batch.lengths, self.policy.config.chunk_size, device=self.policy.device)
         hidden: Tensor = self.policy(batch.input_ids, layout)
         return hidden
 

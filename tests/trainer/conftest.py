@@ -20,7 +20,7 @@ class TinyPolicy(nn.Module):
 
     def __init__(self, dim: int = DIM) -> None:
         super().__init__()
-        self.config = SimpleNamespace(chunk_size=16)
+        self.config, self.device = SimpleNamespace(chunk_size=16), torch.device("cpu")
         self.embedding = nn.Embedding(VOCAB, dim)
         self.position = nn.Embedding(32, dim)
         self.scale = nn.Parameter(torch.ones(dim))
