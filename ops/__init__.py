@@ -5,8 +5,14 @@ from ops.linear import linear, linear_reference
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
 from ops.moe import experts, experts_reference, route, route_reference
-from ops.rms_norm import grouped_rms_norm_gate, grouped_rms_norm_gate_reference, rms_norm, rms_norm_reference
-from ops.rope import rope, rope_reference, rope_table
+from ops.rms_norm import (
+    add_rms_norm,
+    grouped_rms_norm_gate,
+    grouped_rms_norm_gate_reference,
+    rms_norm,
+    rms_norm_reference,
+)
+from ops.rope import qk_norm_rope, qk_norm_rope_reference, rope_reference, rope_table
 from ops.sampling import addressed_uniform, philox, sample, sample_reference
 from ops.softmax_attention import PagedCache, softmax_attention, softmax_attention_reference
 from ops.swiglu import swiglu, swiglu_reference
@@ -16,6 +22,7 @@ __all__ = [
     "DecayTables",
     "LightningCache",
     "PagedCache",
+    "add_rms_norm",
     "addressed_uniform",
     "experts",
     "experts_reference",
@@ -29,9 +36,10 @@ __all__ = [
     "log_probs",
     "log_probs_reference",
     "philox",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
     "rms_norm",
     "rms_norm_reference",
-    "rope",
     "rope_reference",
     "rope_table",
     "route",

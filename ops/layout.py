@@ -116,9 +116,7 @@ class ChunkLayout:
         }
         # One copy, in which every part begins at a multiple of 16 bytes: kernels are compiled for aligned pointers.
         sizes = [-(-part.size // 4) * 4 for part in parts.values()]
-        flat = np.concatenate(
-            [np.resize(part.astype(np.int32), size) for part, size in zip(parts.values(), sizes, strict=True)]
-        )
+        padded = [np.resize(part.astype(np.int32), size) for part, size in zip(parts.values(), sizes, strict=True)]
         pieces = torch.from_numpy(np.concatenate(padded)).to(self.device).split(sizes)
         return TileTables(**{n: x[: parts[n].size].view(parts[n].shape) for n, x in zip(parts, pieces, strict=True)})
 

@@ -1,9 +1,10 @@
 """RMSNorm, and the grouped RMSNorm with a sigmoid gate that closes a Ring-linear attention layer (report 2.2.3).
 
     rms_norm(x)            = x * rsqrt(mean(x^2) + eps) * w                      over the last dimension
+    add_rms_norm(h, d)     = h + d, rms_norm(h + d): the residual stream takes in a layer's output on the way
     grouped_rms_norm_gate  = rms_norm over each of G equal groups of channels, times w, times sigmoid(gate)
 
-Inputs of any float dtype, FP32 inside and out (design A5); weight [D] is per channel in both.
+Inputs of any float dtype, FP32 inside and out (design A5); weight [D] is per channel.
 """
 
 from typing import Any
@@ -26,19 +27,23 @@ def grouped_rms_norm_gate_reference(x: Tensor, weight: Tensor, gate: Tensor, gro
     return rms_norm_reference(grouped, weight.view(groups, -1), eps).flatten(-2) * torch.sigmoid(gate)
 
 
-# The CPU path.
+# The CPU path. Everywhere below: x [..., R, D], weight [R, D], gate and delta like x.
 
 
-def _torch_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., R, D], weight [R, D], gate like x -> y like x, and the scale of each row [..., R, 1]."""
+def _torch_forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, its norm, and the scale of each row [..., R, 1]."""
+    x = x if delta is None else x + delta.float()
     scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     y = (x * scale).mul_(weight)
-    return (y if gate is None else y.mul_(sigmoid(gate.float()))), scale
+    return x, (y if gate is None else y.mul_(sigmoid(gate.float()))), scale
 
 
 def _torch_backward(
-    x: Tensor, weight: Tensor, gate: Tensor | None, scale: Tensor, grad: Tensor
+    x: Tensor, weight: Tensor, gate: Tensor | None, scale: Tensor, grad: Tensor, grad_sum: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the sum, the weight and the gate."""
     normed, grad_gate = x * scale, None
     if gate is not None:
         s = sigmoid(gate.float())
@@ -47,7 +52,8 @@ def _torch_backward(
     grad_weight = (grad * normed).sum_to_size(weight.shape)
     grad = grad * weight
     mean = (grad * normed).mean(-1, keepdim=True)
-    return grad.sub_(normed.mul_(mean)).mul_(scale), grad_weight, grad_gate
+    grad_x = grad.sub_(normed.mul_(mean)).mul_(scale)
+    return (grad_x if grad_sum is None else grad_x.add_(grad_sum)), grad_weight, grad_gate
 
 
 # The Triton path: a program normalises BLOCK_R whole rows, so a row's sum never leaves it.
@@ -55,14 +61,18 @@ def _torch_backward(
 
 @jit("rows")
 def _forward_kernel(
-    x_ptr, weight_ptr, gate_ptr, y_ptr, scale_ptr, rows, eps,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, delta_ptr, weight_ptr, gate_ptr, sum_ptr, y_ptr, scale_ptr, rows, eps,
+    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ADD: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.arange(0, BLOCK_D)
     inside = (row < rows)[:, None] & (column < D)[None, :]
     at = row.to(tl.int64)[:, None] * D + column[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + at, x, mask=inside)
     weight = tl.load(weight_ptr + (row % HEADS)[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.div_rn(tl.sum(x * x, axis=1), D * 1.0) + eps)
     y = x * scale[:, None] * weight
@@ -74,9 +84,9 @@ def _forward_kernel(
 
 @jit("rows")
 def _backward_kernel(
-    x_ptr, weight_ptr, gate_ptr, scale_ptr, grad_ptr, grad_x_ptr, grad_gate_ptr, partial_ptr, rows,
+    x_ptr, weight_ptr, gate_ptr, scale_ptr, grad_ptr, grad_sum_ptr, grad_x_ptr, grad_gate_ptr, partial_ptr, rows,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr,
-    GATED: tl.constexpr,
+    ADD: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Program (p, h) walks TILES tiles of BLOCK_R tokens of head h, and writes its own sum for the weight."""
     head = tl.program_id(1)
@@ -97,7 +107,10 @@ def _backward_kernel(
         total += tl.sum(grad * normed, axis=0)
         grad = grad * weight
         mean = tl.div_rn(tl.sum(grad * normed, axis=1), D * 1.0)[:, None]
-        tl.store(grad_x_ptr + at, (grad - normed * mean) * scale, mask=inside)
+        grad_x = (grad - normed * mean) * scale
+        if ADD:
+            grad_x += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + at, grad_x, mask=inside)
     at = (tl.program_id(0) * HEADS + head) * D + column
     tl.store(partial_ptr + at, total, mask=column < D)
 
@@ -108,57 +121,67 @@ _BACKWARD_TILES = 8
 
 def _blocks(dim: int) -> dict[str, int]:
     block = next_power_of_two(dim)
-    return {"D": dim, "BLOCK_D": block, "BLOCK_R": max(1, _TILE // block), "warps": 4 if block <= 4096 else 8}
+    return {"D": dim, "BLOCK_D": block, "BLOCK_R": max(1, _TILE // block), "warps": 4 if block <= _TILE else 8}
 
 
-def _triton_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _triton_forward(
+    x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     heads, dim = weight.shape
     rows, blocks = x.numel() // dim, _blocks(dim)
     y, scale = like(x, *x.shape), like(x, *x.shape[:-1], 1)
+    total = x if delta is None else like(x, *x.shape)
     launch(
-        _forward_kernel, (divide_up(rows, blocks["BLOCK_R"]),), x, weight, x if gate is None else gate, y, scale, rows,
-        eps, HEADS=heads, GATED=gate is not None, **blocks,
+        _forward_kernel, (divide_up(rows, blocks["BLOCK_R"]),), x, x if delta is None else delta, weight,
+        x if gate is None else gate, total, y, scale, rows, eps, HEADS=heads, ADD=delta is not None,
+        GATED=gate is not None, **blocks,
     )  # fmt: skip
-    return y, scale
+    return total, y, scale
 
 
 def _triton_backward(
-    x: Tensor, weight: Tensor, gate: Tensor | None, scale: Tensor, grad: Tensor
+    x: Tensor, weight: Tensor, gate: Tensor | None, scale: Tensor, grad: Tensor, grad_sum: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     heads, dim = weight.shape
     rows, blocks = x.numel() // dim, _blocks(dim)
     programs = divide_up(rows // heads, blocks["BLOCK_R"] * _BACKWARD_TILES)
-    grad_x, grad_gate, partial = like(x, *x.shape), like(x, *x.shape), like(x, programs, heads, dim)
+    grad_x, partial = like(x, *x.shape), like(x, programs, heads, dim)
+    grad_gate = None if gate is None else like(x, *x.shape)
     launch(
-        _backward_kernel, (programs, heads), x, weight, x if gate is None else gate, scale, grad, grad_x, grad_gate,
-        partial, rows, HEADS=heads, TILES=_BACKWARD_TILES, GATED=gate is not None, **blocks,
+        _backward_kernel, (programs, heads), x, weight, x if gate is None else gate, scale, grad,
+        grad if grad_sum is None else grad_sum, grad_x, grad_x if grad_gate is None else grad_gate, partial, rows,
+        HEADS=heads, TILES=_BACKWARD_TILES, ADD=grad_sum is not None, GATED=gate is not None, **blocks,
     )  # fmt: skip
-    return grad_x, partial.sum(0), None if gate is None else grad_gate
+    return grad_x, partial.sum(0), grad_gate
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x [..., R, D], weight [R, D], gate like x or None."""
+    """Returns the sum of x and delta (x itself without one) and its norm."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
+    ) -> tuple[Tensor | None, Tensor]:
         ctx.path = choose("rms_norm", x)
-        ctx.dtypes = x.dtype, weight.dtype, None if gate is None else gate.dtype
+        ctx.dtypes = tuple(None if each is None else each.dtype for each in (x, delta, weight, gate))
         if ctx.path is not Path.TRITON:
             x, weight = x.float(), weight.float()
-        x, weight, gate = aligned(x), aligned(weight), None if gate is None else aligned(gate)
+        x, weight = aligned(x), aligned(weight)
+        delta, gate = None if delta is None else aligned(delta), None if gate is None else aligned(gate)
         forward = _triton_forward if ctx.path is Path.TRITON else _torch_forward
-        y, scale = forward(x, weight, gate, eps)
-        ctx.save_for_backward(x, weight, gate, scale)
-        return y
+        total, y, scale = forward(x, delta, weight, gate, eps)
+        ctx.save_for_backward(total, weight, gate, scale)
+        ctx.set_materialize_grads(False)
+        return (None if delta is None else total), y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, gate, scale = ctx.saved_tensors
+        assert grad is not None, "a norm that nobody used"
         backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
-        grad_x, grad_weight, grad_gate = backward(x, weight, gate, scale, aligned(grad))
-        x_dtype, weight_dtype, gate_dtype = ctx.dtypes
-        grad_gate = None if grad_gate is None else grad_gate.to(gate_dtype)
-        return grad_x.to(x_dtype), grad_weight.to(weight_dtype), grad_gate, None
+        found = backward(x, weight, gate, scale, aligned(grad), None if grad_sum is None else aligned(grad_sum))
+        grads = (found[0], found[0], found[1], found[2])
+        return *(None if t is None or g is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -166,13 +189,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if choose("rms_norm", x) is Path.FAST:
         return F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight.float()
     weight = weight.view(-1, x.shape[-1])
-    y: Tensor = _RMSNorm.apply(x.reshape(-1, *weight.shape), weight, None, eps)
+    y: Tensor = _RMSNorm.apply(x.reshape(-1, *weight.shape), None, weight, None, eps)[1]
     return y.view(x.shape)
+
+
+def add_rms_norm(h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """h FP32 [T, D], delta [T, D] of any float dtype, weight [D] -> h + delta and its norm, FP32 [T, D]."""
+    if choose("rms_norm", h) is Path.FAST:
+        h = h + delta.float()
+        return h, rms_norm(h, weight, eps)
+    total, y = _RMSNorm.apply(h.unsqueeze(1), delta.unsqueeze(1), weight.unsqueeze(0), None, eps)
+    return total.squeeze(1), y.squeeze(1)
 
 
 def grouped_rms_norm_gate(x: Tensor, weight: Tensor, gate: Tensor, groups: int, eps: float) -> Tensor:
     """x, gate [..., D], weight [D], D divisible by `groups` -> FP32 [..., D]."""
     weight = weight.view(groups, -1)
     shape = (-1, *weight.shape)
-    y: Tensor = _RMSNorm.apply(x.reshape(shape), weight, gate.reshape(shape), eps)
+    y: Tensor = _RMSNorm.apply(x.reshape(shape), None, weight, gate.reshape(shape), eps)[1]
     return y.view(x.shape)

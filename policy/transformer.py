@@ -51,8 +51,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(features))
         self.eps, self.dtype = eps, dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, _fp32(self.weight, self.dtype), self.eps)
+    def after(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The residual stream h with a layer's output added, and its norm."""
+        weight = _fp32(self.weight, self.dtype)
+        return (h, ops.rms_norm(h, weight, self.eps)) if delta is None else ops.add_rms_norm(h, delta, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -71,12 +73,8 @@ class Attention(nn.Module):
     def qkv(self, x: Tensor, rope: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> q [T, H, d], k and v [T, K, d]."""
         heads = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
-        qk, v = heads[:, : self.heads + self.kv_heads], heads[:, self.heads + self.kv_heads :]
-        q_weight = self.query_layernorm.weight.expand(self.heads, -1)
-        k_weight = self.key_layernorm.weight.expand(self.kv_heads, -1)
-        qk = ops.rms_norm(qk, _fp32(torch.cat([q_weight, k_weight]), self.dtype), self.eps)
-        q, k = ops.rope(qk, rope, position_ids).split([self.heads, self.kv_heads], dim=1)
-        return q, k, v
+        q_weight, k_weight = (_fp32(x.weight, self.dtype) for x in (self.query_layernorm, self.key_layernorm))
+        return ops.qk_norm_rope(heads, q_weight, k_weight, self.heads, rope, position_ids, self.eps)
 
 
 class SoftmaxAttention(Attention):
@@ -149,11 +147,13 @@ class Block(nn.Module):
         dense = MLP(config.hidden_size, config.intermediate_size, dtype)
         self.mlp: nn.Module = MoE(config, dtype) if config.is_moe(layer) else dense
 
-    def forward(self, h: Tensor, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None) -> Tensor:
-        """h: the FP32 residual stream [T, D]."""
-        h = h + self.attention(self.input_layernorm(h), rope, layout, cache).float()
-        out: Tensor = h + self.mlp(self.post_attention_layernorm(h)).float()
-        return out
+    def forward(
+        self, h: Tensor, delta: Tensor | None, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None
+    ) -> tuple[Tensor, Tensor]:
+        """h: the FP32 residual stream [T, D] and what the layer before adds to it; the same after this layer."""
+        h, x = self.input_layernorm.after(h, delta)
+        h, x = self.post_attention_layernorm.after(h, self.attention(x, rope, layout, cache))
+        return h, self.mlp(x)
 
 
 class Policy(nn.Module):
@@ -173,10 +173,10 @@ class Policy(nn.Module):
         """input_ids int64 [T], packed as `layout` says -> final hidden states, FP32 [T, D]."""
         h = _fp32(F.embedding(input_ids, self.word_embeddings), self.dtype)
         rope = self.get_buffer("rope_table")
+        delta: Tensor | None = None
         for block in self.layers:
-            h = block(h, rope, layout, cache)
-        hidden: Tensor = self.norm(h)
-        return hidden
+            h, delta = block(h, delta, rope, layout, cache)
+        return self.norm.after(h, delta)[1]
 
     def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """hidden [N, D], targets int64 [N] -> log-probs and entropy in nats, FP32 [N]."""

@@ -41,10 +41,14 @@ def _swiglu(dtype: torch.dtype) -> dict[str, RowPath]:
     return {"forward": lambda rows: ops.swiglu(x[rows])}
 
 
-def _rope(dtype: torch.dtype) -> dict[str, RowPath]:
-    x, table = normal(BATCH, HEADS, HEAD_DIM).to(dtype).float(), ops.rope_table(BATCH, HEAD_DIM // 2, 10000.0)
-    positions = torch.arange(BATCH)
-    return {"forward": lambda rows: ops.rope(x[rows], table, positions[rows])}
+def _qk_norm_rope(dtype: torch.dtype) -> dict[str, RowPath]:
+    x, table = normal(BATCH, HEADS, HEAD_DIM).to(dtype), ops.rope_table(BATCH, HEAD_DIM // 2, 10000.0)
+    positions, weight = torch.arange(BATCH), normal(HEAD_DIM, seed=1)
+
+    def forward(rows: slice) -> Tensor:
+        return ops.qk_norm_rope(x[rows], weight, weight, HEADS, table, positions[rows], EPS)[0]
+
+    return {"forward": forward}
 
 
 def _grouped_rms_norm_gate(dtype: torch.dtype) -> dict[str, RowPath]:
@@ -90,7 +94,7 @@ PROBES: dict[str, Probe] = {
     "linear": _linear,
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
-    "rope": _rope,
+    "qk_norm_rope": _qk_norm_rope,
     "grouped_rms_norm_gate": _grouped_rms_norm_gate,
     "lightning_attention": lightning_attention,
     "softmax_attention": softmax_attention,

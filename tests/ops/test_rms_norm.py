@@ -47,6 +47,20 @@ def test_output_and_gradients(dim: int) -> None:
     assert_within(got.inputs[1], want.inputs[1], (rows + dim / 2 + 6) * U * (grad.abs() * normed).sum(0))
 
 
+def test_residual_sum_and_its_norm() -> None:
+    """The same bits and the same gradients as the sum and the norm one after the other."""
+    h, delta, weight, grad = torch.randn(5, 37), torch.randn(5, 37).bfloat16(), torch.randn(37), torch.randn(2, 5, 37)
+    results = []
+    for together in (True, False):
+        leaves = [x.clone().requires_grad_() for x in (h, delta, weight)]
+        total = leaves[0] + leaves[1].float()
+        normed = ops.rms_norm(total, leaves[2], EPS)
+        if together:
+            total, normed = ops.add_rms_norm(*leaves, EPS)
+        results.append((total, normed, *torch.autograd.grad((total, normed), leaves, list(grad))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_weight_of_each_head() -> None:
     x, weight = torch.randn(5, 3, 8), torch.randn(3, 8)
     together = differentiate(lambda x, w: ops.rms_norm(x, w, EPS), (x, weight), x)

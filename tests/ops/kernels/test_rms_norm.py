@@ -69,3 +69,24 @@ def test_gradient_bits_do_not_depend_on_the_order_of_programs() -> None:
         with adversarial(seed):
             results.append(differentiate(lambda x, w: ops.rms_norm(x, w, EPS), inputs, grad).inputs)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_residual_sum_is_exact_and_its_norm_is_the_norm_of_the_sum() -> None:
+    h, delta, weight = random(70, 48), random(70, 48).bfloat16(), random(48)
+    total, normed = ops.add_rms_norm(h, delta, weight, EPS)
+    assert torch.equal(total, h + delta.float())
+    assert torch.equal(normed, ops.rms_norm(total, weight, EPS))
+
+
+def test_gradients_of_the_residual_sum() -> None:
+    """Both inputs get what reaches the sum directly and through the norm, in one rounding more."""
+    h, delta, weight, grad = random(9, 37), random(9, 37), random(37), random(2, 9, 37)
+    leaves = [x.clone().requires_grad_() for x in (h, delta, weight)]
+    got = torch.autograd.grad(ops.add_rms_norm(*leaves, EPS), leaves, list(grad))
+    summed, norm_weight = (h + delta).requires_grad_(), weight.clone().requires_grad_()
+    through_norm, grad_weight = torch.autograd.grad(
+        ops.rms_norm(summed, norm_weight, EPS), (summed, norm_weight), grad[1]
+    )
+    assert torch.equal(got[0], through_norm + grad[0])
+    assert torch.equal(got[1], got[0])
+    assert torch.equal(got[2], grad_weight)
