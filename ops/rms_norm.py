@@ -115,7 +115,7 @@ def _backward_kernel(
     tl.store(partial_ptr + at, total, mask=column < D)
 
 
-_TILE = 4096  # elements a program holds
+_TILE = 2048  # elements a program holds, where a row has no more
 _BACKWARD_TILES = 8
 
 

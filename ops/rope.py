@@ -109,11 +109,10 @@ def _forward_kernel(
     column, partner, sign, angle, turns = _partners(R, D, BLOCK_D)
     inside = (token < tokens)[:, None] & (column < D)[None, :]
     source = qkv_ptr + (token * (HEADS + 2 * KV_HEADS) + head)[:, None] * D
-    x = tl.load(source + column[None, :], mask=inside, other=0.0)
+    x = tl.load(source + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if head >= HEADS + KV_HEADS:
         tl.store(v_ptr + (token * KV_HEADS + head - HEADS - KV_HEADS)[:, None] * D + column[None, :], x, mask=inside)
     else:
-        x = x.to(tl.float32)
         other = tl.load(source + partner[None, :], mask=inside, other=0.0).to(tl.float32)
         if NORM:
             scale = tl.rsqrt(tl.div_rn(tl.sum(x * x, axis=1), D * 1.0) + eps)[:, None]
@@ -178,7 +177,7 @@ def _backward_kernel(
         tl.store(partial_ptr + at, total, mask=column < D)
 
 
-_TILE = 4096  # elements a program holds
+_TILE = 2048  # elements a program holds
 _BACKWARD_TILES = 8
 
 

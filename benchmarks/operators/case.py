@@ -46,7 +46,8 @@ def backward(run: Callable[..., Tensor]) -> Callable[..., object]:
     def both(*arguments: object) -> object:
         leaves = [x.detach().requires_grad_() if _differentiable(x) else x for x in arguments]
         y = run(*leaves)
-        return torch.autograd.grad(y, [x for x in leaves if _differentiable(x)], torch.empty_like(y))
+        wanted = [x for x in leaves if _differentiable(x)]
+        return torch.autograd.grad(y, wanted, torch.empty_like(y), allow_unused=True)
 
     return both
 
