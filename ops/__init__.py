@@ -1,5 +1,18 @@
 """The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
 
+from ops.dispatch import FAST_FORMS, explain, use_fast
+from ops.fp8 import (
+    Fp8Weight,
+    Quantized,
+    fp8_linear,
+    fp8_matmul,
+    quantize_rows,
+    quantize_weight,
+    rms_norm_fp8_linear,
+    rms_norm_quantize,
+    swiglu_fp8_linear,
+    swiglu_quantize,
+)
 from ops.layout import ChunkLayout
 from ops.linear import linear, linear_reference
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
@@ -18,14 +31,20 @@ from ops.softmax_attention import PagedCache, softmax_attention, softmax_attenti
 from ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "FAST_FORMS",
     "ChunkLayout",
     "DecayTables",
+    "Fp8Weight",
     "LightningCache",
     "PagedCache",
+    "Quantized",
     "add_rms_norm",
     "addressed_uniform",
     "experts",
     "experts_reference",
+    "explain",
+    "fp8_linear",
+    "fp8_matmul",
     "full_log_probs",
     "grouped_rms_norm_gate",
     "grouped_rms_norm_gate_reference",
@@ -38,7 +57,11 @@ __all__ = [
     "philox",
     "qk_norm_rope",
     "qk_norm_rope_reference",
+    "quantize_rows",
+    "quantize_weight",
     "rms_norm",
+    "rms_norm_fp8_linear",
+    "rms_norm_quantize",
     "rms_norm_reference",
     "rope_reference",
     "rope_table",
@@ -49,5 +72,8 @@ __all__ = [
     "softmax_attention",
     "softmax_attention_reference",
     "swiglu",
+    "swiglu_fp8_linear",
+    "swiglu_quantize",
     "swiglu_reference",
+    "use_fast",
 ]

@@ -1,7 +1,7 @@
 """A production shape of an operator: what the compile check builds and what the GPU suite times.
 
 Each module beside this one lists the cases of an operator in `CASES`. A case runs the public function, through
-whichever path is in force; inputs may be uninitialised memory of full model size, so nothing may depend on their values.
+whichever path is in force; inputs may be uninitialised memory of full model size, so nothing depends on their values.
 """
 
 from collections.abc import Callable
