@@ -1,6 +1,7 @@
 """The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
 
 from ops.dispatch import FAST_FORMS, explain, use_fast
+from ops.experts import experts, experts_reference, fp8_experts
 from ops.fp8 import (
     Fp8Weight,
     Quantized,
@@ -17,7 +18,6 @@ from ops.layout import ChunkLayout
 from ops.linear import linear, linear_reference
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
-from ops.moe import experts, experts_reference, route, route_reference
 from ops.rms_norm import (
     add_rms_norm,
     grouped_rms_norm_gate,
@@ -26,6 +26,7 @@ from ops.rms_norm import (
     rms_norm_reference,
 )
 from ops.rope import qk_norm_rope, qk_norm_rope_reference, rope_reference, rope_table
+from ops.router import route, route_reference
 from ops.sampling import addressed_uniform, philox, sample, sample_reference
 from ops.softmax_attention import PagedCache, softmax_attention, softmax_attention_reference
 from ops.swiglu import swiglu, swiglu_reference
@@ -43,6 +44,7 @@ __all__ = [
     "experts",
     "experts_reference",
     "explain",
+    "fp8_experts",
     "fp8_linear",
     "fp8_matmul",
     "full_log_probs",

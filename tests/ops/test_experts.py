@@ -1,11 +1,7 @@
-"""route and experts: who is chosen, with what weight, and in what order the chosen are summed."""
-
-import math
+"""experts: what the chosen return, and in what order it is summed."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import ops
@@ -21,55 +17,6 @@ from tests.ops.checks import (
 
 DTYPES = [torch.float32, torch.bfloat16]
 U = UNIT[torch.float32]
-
-
-def route(logits: list[float], bias: list[float], *settings: int, scale: float = 1.0) -> tuple[list[int], list[float]]:
-    """settings: top_k, num_groups, top_groups."""
-    ids, weights = ops.route(torch.tensor([logits]), torch.tensor(bias), *settings, scale)
-    return ids[0].tolist(), weights[0].tolist()
-
-
-def test_weights_are_unbiased_scores_renormalised_and_scaled() -> None:
-    """Scores 3/4, 1/2, 1/4, 1/2; the bias lifts expert 2 above 1 and 3. 3/4 and 1/4 make 1, times 2.5."""
-    ids, weights = route([math.log(3), 0.0, -math.log(3), 0.0], [0.0, 0.0, 0.4, 0.0], 2, 1, 1, scale=2.5)
-    assert ids == [0, 2]
-    assert weights == pytest.approx([1.875, 0.625])
-
-
-def test_group_is_judged_by_its_two_best() -> None:
-    """Biased scores 1.4, 0 | 0.8, 0.8: the best expert of all stands in the weaker group."""
-    assert route([0.0] * 4, [0.9, -0.5, 0.3, 0.3], 1, 2, 1) == ([2], [1.0])
-
-
-@pytest.mark.parametrize(("experts", "settings"), [(8, (3, 4, 2)), (256, (8, 8, 4)), (64, (6, 1, 1))])
-def test_equal_scores_choose_the_lowest_indices(experts: int, settings: tuple[int, int, int]) -> None:
-    assert route([0.0] * experts, [0.0] * experts, *settings)[0] == list(range(settings[0]))
-
-
-# Logits whose sigmoid is exact (0, 1/2 and 1), so that ties are ties in every precision.
-exact_logits = st.lists(st.sampled_from([-200.0, 0.0, 40.0]), min_size=16, max_size=16)
-
-
-@given(st.lists(exact_logits, min_size=1, max_size=5), st.sampled_from([(2, 1, 1), (3, 4, 2), (4, 8, 3)]))
-def test_ties_are_broken_like_the_reference(logits: list[list[float]], settings: tuple[int, int, int]) -> None:
-    ids, _ = ops.route(torch.tensor(logits), torch.zeros(16), *settings, 1.0)
-    assert torch.equal(ids, ops.route_reference(torch.tensor(logits), torch.zeros(16), *settings, 1.0)[0])
-
-
-@pytest.mark.parametrize("settings", [(2, 1, 1), (4, 4, 2), (8, 8, 4)])
-def test_route_against_reference(settings: tuple[int, int, int]) -> None:
-    """s is off by 5 u s, the sum of k by k u, so a weight by (k + 12) u. Its derivative s (1 - s) scale / sum times
-    (g - mean) is at most 2 max|g| scale, since s / sum <= 1; it carries two weights, s again and 1 - s:
-    (2 k + 40) u."""
-    top_k, scale = settings[0], 2.5
-    logits, bias, grad = torch.randn(33, 32), 0.1 * torch.randn(32), torch.randn(33, top_k)
-    ids = ops.route(logits, bias, *settings, scale)[0]
-    assert torch.equal(ids, ops.route_reference(logits.double(), bias.double(), *settings, scale)[0])
-    assert torch.equal(ids, ids.sort(dim=-1).values)
-    got = differentiate(lambda x: ops.route(x, bias, *settings, scale)[1], (logits,), grad)
-    want = differentiate_fp64(lambda x: ops.route_reference(x, bias, *settings, scale)[1], (logits,), grad)
-    assert_within(got.output, want.output, (top_k + 12) * U * want.output)
-    assert_within(got.inputs[0], want.inputs[0], (2 * top_k + 40) * U * 2 * grad.abs().max().item() * scale)
 
 
 def made_experts(dtype: torch.dtype, tokens: int = 21) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
@@ -122,12 +69,6 @@ def test_sum_runs_in_ascending_expert_order(weights: list[float], total: float) 
     ids = torch.tensor([[0, 1, 2]])
     y = ops.experts(torch.ones(1, 1), gate_up, down, ids, torch.tensor([weights]), torch.float32)
     assert y.item() == total
-
-
-@pytest.mark.usefixtures("threads")
-def test_routing_of_a_token_does_not_depend_on_its_batch() -> None:
-    bias = 0.1 * torch.randn(40)
-    assert_rows_do_not_depend_on_batch(lambda x: ops.route(x, bias, 4, 5, 3, 2.5), torch.randn(ROWS, 40))
 
 
 @pytest.mark.usefixtures("threads")

@@ -1,0 +1,29 @@
+"""Cases of the router of Ring-mini-linear: 256 experts in 8 groups, 8 of 4 groups chosen."""
+
+from collections.abc import Callable
+
+import torch
+
+import ops
+from benchmarks.operators.case import Case, backward, empty
+
+EXPERTS, SETTINGS = 256, (8, 8, 4, 2.5)
+
+
+def _route(logits: torch.Tensor, bias: torch.Tensor) -> object:
+    return ops.route(logits, bias, *SETTINGS)
+
+
+def _weights(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return ops.route(logits, bias.detach(), *SETTINGS)[1]
+
+
+def _inputs(tokens: int) -> Callable[[torch.device], tuple[object, ...]]:
+    return lambda device: (empty(tokens, EXPERTS)(device), empty(EXPERTS)(device))
+
+
+CASES = [
+    Case("router", "forward", "T8192 E256 k8", _inputs(8192), _route, bytes=8192 * (EXPERTS * 4 + 8 * 12.0)),
+    Case("router", "forward", "T64 E256 k8", _inputs(64), _route, bytes=64 * (EXPERTS * 4 + 8 * 12.0)),
+    Case("router", "both", "T8192 E256 k8", _inputs(8192), backward(_weights), bytes=8192 * (EXPERTS * 12 + 8 * 24.0)),
+]

@@ -1,0 +1,265 @@
+"""The router of a mixture of experts (report 2.2.1; DeepSeek-V3's aux-loss-free router, 2408.15664).
+
+    scores = sigmoid(logits), or softmax(logits), in FP32
+    chosen = the top_k experts by scores + bias, within the top_groups groups by the sum of a group's two best
+    weights = scale * scores[chosen], divided by their sum + 1e-20 if `renormalize`
+
+The weights are made of unbiased scores. Ties go to the lowest index, and chosen experts come in ascending order, so
+neither the order of scores nor who else is in the batch moves a bit (design A2).
+
+Letters: T tokens, E experts in G groups of S, k experts per token.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ops.dispatch import Path, choose
+from ops.elementwise import kernel_sigmoid, sigmoid
+from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
+
+Scoring = Literal["sigmoid", "softmax"]
+FLOOR = 1e-20  # added to the sum of the chosen scores
+
+
+def route_reference(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    scale: float,
+    scoring: Scoring = "sigmoid",
+    renormalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """One token at a time, by explicit comparison."""
+    ids, weights = [], []
+    for row in torch.sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits, -1):
+        biased = (row if bias is None else row + bias).detach().view(num_groups, -1)
+        group_scores = biased.sort(descending=True).values[:, :2].sum(1).tolist()
+        kept = sorted(range(num_groups), key=lambda g: (-group_scores[g], g))[:top_groups]
+        size = biased.shape[1]
+        experts = [e for g in kept for e in range(g * size, (g + 1) * size)]
+        chosen = sorted(sorted(experts, key=lambda e: (-float(biased.flatten()[e]), e))[:top_k])
+        ids.append(torch.tensor(chosen))
+        weights.append(row[chosen] / (row[chosen].sum() + FLOOR if renormalize else 1.0) * scale)
+    return torch.stack(ids), torch.stack(weights)
+
+
+# The CPU path.
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        s = sigmoid(x)
+        ctx.save_for_backward(s)
+        return s
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (s,) = ctx.saved_tensors
+        return grad * s * (1.0 - s)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        p = (x - x.amax(-1, keepdim=True)).exp_()
+        p.div_(p.sum(-1, keepdim=True))
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return (grad - (grad * p).sum(-1, keepdim=True)).mul_(p)
+
+
+def _torch_route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    scale: float,
+    scoring: Scoring,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    scores: Tensor = _Sigmoid.apply(logits) if scoring == "sigmoid" else _Softmax.apply(logits)
+    with torch.no_grad():
+        biased = (scores if bias is None else scores + bias).unflatten(-1, (num_groups, -1))
+        best_two = biased.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        kept = _top(best_two, top_groups)
+        mask = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
+        candidates = biased.masked_fill(mask.unsqueeze(-1), float("-inf")).flatten(1)
+        ids = _top(candidates, top_k).sort(dim=-1).values
+    chosen = scores.gather(1, ids)
+    return ids, (chosen / (chosen.sum(-1, keepdim=True) + FLOOR) if renormalize else chosen) * scale
+
+
+def _top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the largest, the lowest index first among equals: torch.topk promises no order for ties."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+# The Triton path: a program routes BLOCK_T tokens. Experts lie on a grid of groups, padded to powers of two in both
+# directions, in which the order of indices is the order of experts.
+
+
+@jit()
+def _scores(logits_ptr, token, tokens, E: tl.constexpr, GROUPS, SIZE, PLACES: tl.constexpr, SOFTMAX: tl.constexpr):
+    """Scores [BLOCK_T, PLACES], 0 where a place holds no expert; the expert of each place; which places hold one."""
+    place = tl.arange(0, PLACES)
+    group, member = place // GROUPS, place % GROUPS
+    expert = group * SIZE + member
+    real = (member < SIZE) & (expert < E)
+    inside = (token < tokens)[:, None] & real[None, :]
+    logits = tl.load(logits_ptr + token[:, None] * E + expert[None, :], mask=inside, other=float("-inf"))
+    if SOFTMAX:
+        top = tl.max(logits, axis=1)
+        scores = tl.where(inside, tl.exp(logits - tl.where(token < tokens, top, 0.0)[:, None]), 0.0)
+        total = tl.sum(scores, axis=1)
+        scores = tl.div_rn(scores, tl.where(token < tokens, total, 1.0)[:, None])
+    else:
+        scores = tl.where(inside, kernel_sigmoid(logits), 0.0)
+    return scores, expert, real
+
+
+@jit("tokens")
+def _forward_kernel(
+    logits_ptr, bias_ptr, ids_ptr, weights_ptr, tokens, scale,
+    E: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_GROUPS: tl.constexpr, BIASED: tl.constexpr,
+    SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    place = tl.arange(0, BLOCK_G * BLOCK_S)
+    scores, expert, real = _scores(
+        logits_ptr, token, tokens, E, BLOCK_S, E // GROUPS, BLOCK_G * BLOCK_S, SOFTMAX
+    )  # fmt: skip
+    biased = scores
+    if BIASED:
+        biased += tl.load(bias_ptr + expert, mask=real, other=0.0)[None, :]
+    left = tl.where(real[None, :], biased, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        grid = tl.reshape(left, [BLOCK_T, BLOCK_G, BLOCK_S])
+        member = tl.arange(0, BLOCK_S)[None, None, :]
+        best = tl.max(grid, axis=2)
+        without = tl.where(member == tl.argmax(grid, axis=2)[:, :, None], float("-inf"), grid)
+        group_scores = best + (tl.max(without, axis=2) if E // GROUPS > 1 else 0.0)
+        group = tl.arange(0, BLOCK_G)[None, :]
+        group_scores = tl.where(group < GROUPS, group_scores, float("-inf"))
+        kept = tl.zeros([BLOCK_T, BLOCK_G], dtype=tl.int32)
+        for _ in tl.static_range(TOP_GROUPS):
+            hit = group == tl.argmax(group_scores, axis=1)[:, None]
+            kept = tl.where(hit, 1, kept)
+            group_scores = tl.where(hit, float("-inf"), group_scores)
+        grid = tl.where(kept[:, :, None] > 0, grid, float("-inf"))
+        left = tl.reshape(grid, [BLOCK_T, BLOCK_G * BLOCK_S])
+    chosen = tl.zeros([BLOCK_T, BLOCK_G * BLOCK_S], dtype=tl.int32)
+    for _ in tl.static_range(TOP_K):
+        hit = place[None, :] == tl.argmax(left, axis=1)[:, None]
+        chosen = tl.where(hit, 1, chosen)
+        left = tl.where(hit, float("-inf"), left)
+    rank = tl.where(chosen > 0, tl.cumsum(chosen, axis=1) - 1, -1)
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        total += tl.sum(tl.where(rank == slot, scores, 0.0), axis=1)
+    for slot in tl.static_range(TOP_K):
+        weight = tl.sum(tl.where(rank == slot, scores, 0.0), axis=1)
+        if RENORMALIZE:
+            weight = tl.div_rn(weight, total + 1e-20)
+        tl.store(weights_ptr + token * TOP_K + slot, weight * scale, mask=token < tokens)
+        chosen_expert = tl.sum(tl.where(rank == slot, expert[None, :], 0), axis=1)
+        tl.store(ids_ptr + token * TOP_K + slot, chosen_expert.to(tl.int64), mask=token < tokens)
+
+
+@jit("tokens")
+def _backward_kernel(
+    logits_ptr, ids_ptr, grad_ptr, grad_logits_ptr, tokens, scale,
+    E: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """With s the chosen scores, Z their sum and w = scale s / Z: ds_j = scale / Z (g_j - sum_i g_i s_i / Z)."""
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    scores, expert, real = _scores(logits_ptr, token, tokens, E, BLOCK_E, E, BLOCK_E, SOFTMAX)
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    inner = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        chosen = tl.load(ids_ptr + token * TOP_K + slot, mask=token < tokens, other=-1)
+        s = tl.sum(tl.where(expert[None, :] == chosen[:, None], scores, 0.0), axis=1)
+        total += s
+        inner += s * tl.load(grad_ptr + token * TOP_K + slot, mask=token < tokens, other=0.0)
+    grad_scores = tl.zeros([BLOCK_T, BLOCK_E], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        chosen = tl.load(ids_ptr + token * TOP_K + slot, mask=token < tokens, other=-1)
+        grad = tl.load(grad_ptr + token * TOP_K + slot, mask=token < tokens, other=0.0)
+        if RENORMALIZE:
+            grad = tl.div_rn(grad - tl.div_rn(inner, total + 1e-20), total + 1e-20)
+        grad_scores = tl.where(expert[None, :] == chosen[:, None], (grad * scale)[:, None], grad_scores)
+    if SOFTMAX:
+        grad_logits = scores * (grad_scores - tl.sum(grad_scores * scores, axis=1)[:, None])
+    else:
+        grad_logits = grad_scores * scores * (1.0 - scores)
+    inside = (token < tokens)[:, None] & real[None, :]
+    tl.store(grad_logits_ptr + token[:, None] * E + expert[None, :], grad_logits, mask=inside)
+
+
+_TILE = 4096  # scores a program holds
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, top_k: int, num_groups: int, top_groups: int, scale: float,
+        softmax: bool, renormalize: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        logits, (tokens, experts) = aligned(logits), logits.shape
+        block_g, block_s = next_power_of_two(num_groups), next_power_of_two(experts // num_groups)
+        block_t = max(1, _TILE // (block_g * block_s))
+        ids, weights = like(logits, tokens, top_k, dtype=torch.int64), like(logits, tokens, top_k)
+        launch(
+            _forward_kernel, (divide_up(tokens, block_t),), logits, logits if bias is None else aligned(bias), ids,
+            weights, tokens, scale, E=experts, GROUPS=num_groups, TOP_K=top_k, TOP_GROUPS=top_groups,
+            BIASED=bias is not None, SOFTMAX=softmax, RENORMALIZE=renormalize, BLOCK_T=block_t, BLOCK_G=block_g,
+            BLOCK_S=block_s,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, ids)
+        ctx.mark_non_differentiable(ids)
+        ctx.settings = {"TOP_K": top_k, "SOFTMAX": softmax, "RENORMALIZE": renormalize}
+        ctx.scale = scale
+        return ids, weights
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, ids = ctx.saved_tensors
+        tokens, experts = logits.shape
+        block = next_power_of_two(experts)
+        block_t = max(1, _TILE // block)
+        grad_logits = like(logits, tokens, experts)
+        launch(
+            _backward_kernel, (divide_up(tokens, block_t),), logits, ids, aligned(grad), grad_logits, tokens,
+            ctx.scale, E=experts, BLOCK_T=block_t, BLOCK_E=block, **ctx.settings,
+        )  # fmt: skip
+        return grad_logits, None, None, None, None, None, None, None
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    scale: float,
+    scoring: Scoring = "sigmoid",
+    renormalize: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """logits FP32 [T, E], bias FP32 [E] -> expert ids int64 [T, k] ascending, weights FP32 [T, k] (differentiable)."""
+    if choose("route", logits) is Path.TRITON:
+        ids, weights = _Route.apply(
+            logits, bias, top_k, num_groups, top_groups, scale, scoring == "softmax", renormalize
+        )
+        return ids, weights
+    return _torch_route(logits, bias, top_k, num_groups, top_groups, scale, scoring, renormalize)
