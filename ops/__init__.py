@@ -15,7 +15,7 @@ from ops.fp8 import (
     swiglu_quantize,
 )
 from ops.layout import ChunkLayout
-from ops.linear import linear, linear_reference
+from ops.linear import fp32_linear, linear, linear_reference
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
 from ops.rms_norm import (
@@ -47,6 +47,7 @@ __all__ = [
     "fp8_experts",
     "fp8_linear",
     "fp8_matmul",
+    "fp32_linear",
     "full_log_probs",
     "grouped_rms_norm_gate",
     "grouped_rms_norm_gate_reference",

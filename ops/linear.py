@@ -1,9 +1,11 @@
 """Linear layer: y = x W^T, the operator that carries nearly all of the arithmetic.
 
-x [..., K] any float dtype, W [N, K]; operands are cast to `dtype` (bfloat16 or float32), accumulated in FP32 by the
-library, and y [..., N] comes back in `dtype`. Design A1: row m of y has the same bits for every number of rows.
+    linear       operands cast to `dtype` (bfloat16 or float32), accumulated in FP32, y in `dtype`
+    fp32_linear  W rounded to `dtype`, but x, the product and y in FP32: router and LM head (report 5.2.1, design A5)
+
+x [..., K] any float dtype, W [N, K] -> y [..., N]. Design A1: row m of y has the same bits for every number of rows.
 Stock torch keeps that promise on a CPU under the conditions of `row_invariant_matmul`, found by measurement;
-`lockstep doctor` proves them on the machine at hand.
+`lockstep doctor` proves them on the machine at hand. On a GPU, `ops.matmul` keeps it.
 """
 
 from typing import Any
@@ -11,6 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ops.dispatch import Path, choose
+from ops.jit import aligned
+from ops.matmul import multiply, weight_gradient
 
 # Outside these bounds the CPU libraries pick other kernels, with other bits (measured).
 FP32_ROWS = 16
@@ -32,7 +38,20 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., K], weight [N, K] -> [..., N] in `dtype`. Gradients come back in the dtypes of x and weight."""
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype)
+    if choose("linear", x) is Path.FAST:
+        return F.linear(x.to(dtype), weight.to(dtype))
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype, dtype)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def fp32_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., K] taken as FP32, weight [N, K] rounded to `dtype` -> FP32 [..., N].
+
+    The gradient of the weight passes straight through the rounding, and is a product of FP32 numbers, as is that of x.
+    """
+    if choose("linear", x) is Path.FAST:
+        return F.linear(x.float(), weight.to(dtype).float())
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype, torch.float32)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -78,22 +97,43 @@ def _padded(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        operand, matrix = _padded(x.to(dtype), weight.to(dtype))
-        ctx.save_for_backward(operand, matrix)
-        ctx.dtypes, ctx.inner = (x.dtype, weight.dtype), x.shape[1]
-        return F.linear(operand, matrix)[: x.shape[0]]
+    """x is cast to `precision`, weight rounded to `dtype`; the product and y are in `precision`."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
+        operand, matrix = x.to(precision), weight.to(dtype)
+        ctx.path = choose("linear", x)
+        if ctx.path is Path.TRITON:
+            operand, matrix = aligned(operand), aligned(matrix)
+            y = multiply(operand, matrix, precision)
+        else:
+            operand, matrix = _padded(operand, matrix.to(precision))
+            y = F.linear(operand, matrix)[: x.shape[0]]
+        ctx.save_for_backward(operand, matrix)
+        ctx.dtypes, ctx.shape = (x.dtype, weight.dtype), x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
         operand, matrix = ctx.saved_tensors
-        x_dtype, weight_dtype = ctx.dtypes
-        rows, inner = grad.shape[0], ctx.inner
-        grad = F.pad(grad.to(operand.dtype), (0, 0, 0, operand.shape[0] - rows))
-        grad_x = (grad @ matrix)[:rows, :inner].to(x_dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (grad.t() @ operand)[:, :inner].to(weight_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        return *backward(ctx, operand, matrix, grad.to(operand.dtype)), None, None
+
+
+def _torch_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    (x_dtype, weight_dtype), (rows, inner) = ctx.dtypes, ctx.shape
+    grad = F.pad(grad, (0, 0, 0, operand.shape[0] - rows))
+    grad_x = (grad @ matrix)[:rows, :inner].to(x_dtype) if ctx.needs_input_grad[0] else None
+    grad_weight = (grad.t() @ operand)[:, :inner].to(weight_dtype) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight
+
+
+def _triton_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    x_dtype, weight_dtype = ctx.dtypes
+    grad = aligned(grad)
+    grad_x = multiply(grad, matrix, x_dtype, transposed=True) if ctx.needs_input_grad[0] else None
+    grad_weight = weight_gradient(grad, operand, matrix.dtype, weight_dtype) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_weight
 
 
 class _GroupedLinear(torch.autograd.Function):

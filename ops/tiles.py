@@ -63,25 +63,27 @@ def tile_product(
 
     a, b: pointers [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N] to the elements at k = first, A_STEP and B_STEP elements
     from one k to the next; a_inside [BLOCK_M, 1], b_inside [1, BLOCK_N]: rows and columns that exist. EVEN: BLOCK_K
-    divides last - first. SEGMENT: a multiple of BLOCK_K; k in [s SEGMENT, (s + 1) SEGMENT) is summed from zero, then
-    added to the total, ascending. So programs that do one segment each (SEGMENT None, first and last its ends) and add
-    up their results in that order get the same bits as one that does them all.
+    divides last - first > 0. SEGMENT: a multiple of BLOCK_K; that many terms at a time are summed from zero, then added
+    to the total, ascending. So programs that do one segment each (SEGMENT None, first and last its ends) and add up
+    their results in that order get the same bits as one that does them all.
     """
     k = tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     acc = total
-    for begin in range(first, last, BLOCK_K):
+    # At least one step, all masked if there is none to take: where a loop may be skipped, every dot is waited for.
+    for step in range(tl.maximum(tl.cdiv(last - first, BLOCK_K), 1)):
+        left = last - first - step * BLOCK_K
         if EVEN:
             x, y = tl.load(a, mask=a_inside, other=0.0), tl.load(b, mask=b_inside, other=0.0)
         else:
-            x = tl.load(a, mask=a_inside & (k < last - begin)[None, :], other=0.0)
-            y = tl.load(b, mask=b_inside & (k < last - begin)[:, None], other=0.0)
+            x = tl.load(a, mask=a_inside & (k < left)[None, :], other=0.0)
+            y = tl.load(b, mask=b_inside & (k < left)[:, None], other=0.0)
         acc = accumulate_fp32(x, y, acc, OPERAND)
         a += BLOCK_K * A_STEP
         b += BLOCK_K * B_STEP
         if SEGMENT is not None:  # noqa: SIM102 (known when it is compiled; the next is not)
             # One loop with a branch, not a loop in a loop: loads run on across the segment's end.
-            if (begin + BLOCK_K) % SEGMENT == 0:
+            if (step + 1) * BLOCK_K % SEGMENT == 0:
                 total += acc
                 acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     return total + acc

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import ops
+from ops.dispatch import use_fast
+from ops.linear import fp32_linear
 from tests.ops.checks import (
     ROWS,
     UNIT,
@@ -71,3 +73,26 @@ def test_row_bits_do_not_depend_on_the_address(dtype: torch.dtype) -> None:
     for offset in range(1, 8):
         moved = torch.empty(8 + x.numel())[offset : offset + x.numel()].view_as(x).copy_(x)
         assert torch.equal(ops.linear(moved, weight, dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp32_linear_rounds_the_weight_and_nothing_else(dtype: torch.dtype) -> None:
+    """The bits of an FP32 layer with the rounded weight, and its gradients, straight through the rounding."""
+    inputs, grad = (torch.randn(5, 37), torch.randn(29, 37)), torch.randn(5, 29)
+    got = differentiate(lambda x, w: fp32_linear(x, w, dtype), inputs, grad)
+    rounded = (inputs[0], inputs[1].to(dtype).float())
+    want = differentiate(lambda x, w: ops.linear(x, w, torch.float32), rounded, grad)
+    assert torch.equal(got.output, want.output)
+    assert all(torch.equal(a, b) for a, b in zip(got.inputs, want.inputs, strict=True))
+    assert torch.equal(got.output, fp32_linear(inputs[0], inputs[1].to(dtype), dtype)), "a stored weight differs"
+
+
+def test_fast_form() -> None:
+    x, weight = torch.randn(3, 2, 37), torch.randn(29, 37)
+    use_fast(["linear"])
+    try:
+        fast, fast_fp32 = ops.linear(x, weight, torch.bfloat16), fp32_linear(x, weight, torch.bfloat16)
+    finally:
+        use_fast([])
+    assert torch.equal(fast, torch.nn.functional.linear(x.bfloat16(), weight.bfloat16()))
+    assert torch.equal(fast_fp32, torch.nn.functional.linear(x, weight.bfloat16().float()))
