@@ -1,5 +1,6 @@
 """The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
 
+from ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ops.dispatch import FAST_FORMS, explain, use_fast
 from ops.experts import experts, experts_reference, fp8_experts
 from ops.fp8 import (
@@ -14,6 +15,7 @@ from ops.fp8 import (
     swiglu_fp8_linear,
     swiglu_quantize,
 )
+from ops.gradients import clip_gradients, gradient_norm, gradient_norm_reference
 from ops.layout import ChunkLayout
 from ops.linear import fp32_linear, linear, linear_reference
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
@@ -41,6 +43,9 @@ __all__ = [
     "Quantized",
     "add_rms_norm",
     "addressed_uniform",
+    "clip_gradients",
+    "cross_entropy",
+    "cross_entropy_reference",
     "experts",
     "experts_reference",
     "explain",
@@ -49,6 +54,8 @@ __all__ = [
     "fp8_matmul",
     "fp32_linear",
     "full_log_probs",
+    "gradient_norm",
+    "gradient_norm_reference",
     "grouped_rms_norm_gate",
     "grouped_rms_norm_gate_reference",
     "lightning_attention",

@@ -80,11 +80,11 @@ def quantize_reference(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 # The CPU path: the same values and scales; products of e4m3 values are exact in FP32, sums run group by group.
 
 
-def _torch_quantize(x: Tensor, block: int) -> Quantized:
+def _torch_quantize(x: Tensor, block: int, floor: float = FLOOR) -> Quantized:
     rows, columns = x.shape
     padded = F.pad(x.float(), (0, -columns % GROUP, 0, -rows % block))
     groups = padded.view(padded.shape[0] // block, block, padded.shape[1] // GROUP, GROUP)
-    scale = groups.abs().amax((1, 3)).clamp_(min=FLOOR).div_(LARGEST)
+    scale = groups.abs().amax((1, 3)).clamp_(min=floor).div_(LARGEST)
     values = (groups / scale[:, None, :, None]).clamp_(-LARGEST, LARGEST).to(E4M3)
     return Quantized(values.view(padded.shape)[:rows].contiguous(), scale)
 
@@ -122,9 +122,10 @@ def accumulate_fp8(a, b, a_scale, b_scale, acc):
 def _quantize_kernel(
     x_ptr, weight_ptr, row_scale_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, rows,
     K: tl.constexpr, GROUPS: tl.constexpr, PRODUCER: tl.constexpr, BY_ROWS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK_R: tl.constexpr,
+    WHOLE: tl.constexpr, SMALLEST: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_R rows and one group of columns. WHOLE: one scale for the tile, which is a weight's block."""
+    """A tile of BLOCK_R rows and one group of columns. WHOLE: one scale for the tile, which is a weight's block, of at
+    least SMALLEST / 448."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     group = tl.program_id(1)
     column = group * 128 + tl.arange(0, 128)
@@ -141,7 +142,7 @@ def _quantize_kernel(
         x = x * scale[:, None] * tl.load(weight_ptr + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
     if WHOLE:
         largest = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-        scale = tl.div_rn(tl.maximum(largest, 1e-30), 448.0)
+        scale = tl.div_rn(tl.maximum(largest, SMALLEST), 448.0)
         q = tl.clamp(tl.div_rn(x, scale), -448.0, 448.0).to(tl.float8e4nv)
         tl.store(q_ptr + at * (GROUPS * 128) + column[None, :], q, mask=(row < rows)[:, None])
         tl.store(scale_ptr + tl.program_id(0) * GROUPS + group, scale)
@@ -221,8 +222,8 @@ def _triton_quantize(
     outputs = [y for q in (plain or turned, turned or plain) if q is not None for y in (q.values, q.scale)]
     launch(
         _quantize_kernel, (tiles, groups), x, weight, row_scale, *outputs, rows, K=columns, GROUPS=groups,
-        PRODUCER=int(producer), BY_ROWS=by_rows, TRANSPOSED=transposed, WHOLE=False, BLOCK_R=block,
-        warps=8 if transposed else 4,
+        PRODUCER=int(producer), BY_ROWS=by_rows, TRANSPOSED=transposed, WHOLE=False, SMALLEST=FLOOR,
+        BLOCK_R=block, warps=8 if transposed else 4,
     )  # fmt: skip
     return plain, turned
 
@@ -308,12 +309,15 @@ def swiglu_quantize(gate_up: Tensor) -> Quantized:
     return plain
 
 
-def quantize_weight(weight: Tensor, for_training: bool = False) -> Fp8Weight:
-    """weight [N, K] in blocks of 128 x 128, also transposed where gradients of the input are wanted."""
+def quantize_weight(weight: Tensor, for_training: bool = False, floor: float = FLOOR) -> Fp8Weight:
+    """weight [N, K] in blocks of 128 x 128, also transposed where gradients of the input are wanted.
+
+    floor: the least max |x| that a scale is made from; checkpoints have their own.
+    """
     weight, (rows, columns) = aligned(weight.detach()), weight.shape
     if choose("fp8", weight) is not Path.TRITON:
-        plain = _torch_quantize(weight, GROUP)
-        turned = _torch_quantize(weight.t().contiguous(), GROUP) if for_training else None
+        plain = _torch_quantize(weight, GROUP, floor)
+        turned = _torch_quantize(weight.t().contiguous(), GROUP, floor) if for_training else None
         return Fp8Weight(plain, turned, (rows, columns))
     tiles, groups = divide_up(rows, GROUP), divide_up(columns, GROUP)
     plain = Quantized(like(weight, rows, groups * GROUP, dtype=E4M3), like(weight, tiles, groups))
@@ -321,7 +325,7 @@ def quantize_weight(weight: Tensor, for_training: bool = False) -> Fp8Weight:
     launch(
         _quantize_kernel, (tiles, groups), weight, weight, weight, plain.values, plain.scale, turned.values,
         turned.scale, rows, K=columns, GROUPS=groups, PRODUCER=0, BY_ROWS=True, TRANSPOSED=for_training, WHOLE=True,
-        BLOCK_R=GROUP, warps=8,
+        SMALLEST=floor, BLOCK_R=GROUP, warps=8,
     )  # fmt: skip
     return Fp8Weight(plain, turned if for_training else None, (rows, columns))
 

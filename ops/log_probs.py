@@ -2,9 +2,10 @@
 
     x = hidden W^T / temperature    log_prob(t) = x_t - log sum_v exp x_v    entropy = log sum exp x - sum_v p_v x_v
 
-hidden FP32 [T, D], W [V, D] (read in its own precision, multiplied in FP32: report 5.2.1, design A5). Rows are taken in
-blocks and the vocabulary in fixed blocks merged in ascending order, so a row's bits do not depend on the batch (A1,
-A2). Backward recomputes. The engine's sampler and the trainer both come here for a token's log-probability (A7).
+hidden FP32 [T, D]; W [V, D] is rounded to the working dtype and multiplied in FP32 (report 5.2.1, design A5). The
+vocabulary is taken in fixed blocks merged in a fixed order, so a row's bits do not depend on the batch (A1, A2).
+Backward recomputes; the gradient passes straight through the rounding of W. The engine's sampler and the trainer both
+come here for a token's log-probability (A7).
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops import lm_head
+from ops.dispatch import Path, choose
+from ops.jit import aligned, like
 from ops.linear import row_invariant_matmul
 
 ROW_BLOCK = 2048  # rows whose logits exist at once; moves no bit
 VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time
 
-Temperature = float | Tensor  # one for all rows, or FP32 [T, 1]
+Temperature = float | Tensor  # one for all rows, or FP32 [T] or [T, 1]
 
 
 def log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -27,30 +31,18 @@ def log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, tempera
     return rows.gather(1, targets[:, None]).squeeze(1), -(rows.exp() * rows).sum(-1)
 
 
-def log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """targets int64 [T] -> log-probs FP32 [T] (differentiable in hidden and weight), entropy FP32 [T] (in nats, no
-    gradient)."""
-    result: tuple[Tensor, Tensor] = _LogProbs.apply(hidden, weight, targets, temperature)
-    return result
+# The CPU path.
 
 
-@torch.no_grad()
-def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature) -> Tensor:
-    """Log-probs over the whole vocabulary, FP32 [T, V], equal in bits to `log_probs` at every target: for checks on a
-    few rows."""
-    blocks = list(_logit_blocks(hidden, weight.float(), temperature))
-    _, log_sum, _ = _row_statistics(blocks, torch.zeros(len(hidden), dtype=torch.int64))
-    return torch.cat([x for _, x in blocks], dim=1).sub_(log_sum.unsqueeze(1))
-
-
-def _logit_blocks(hidden: Tensor, head: Tensor, temperature: Temperature) -> Iterator[tuple[int, Tensor]]:
+def logit_blocks(hidden: Tensor, head: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """x by blocks of the vocabulary, each with its first column. head FP32 [V, D], temperature [T, 1]."""
     for first in range(0, head.shape[0], VOCAB_BLOCK):
         yield first, row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous().div_(temperature)
 
 
-def _row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the blocks of x: x at the target, log sum exp, and entropy, FP32 [T] each."""
-    top = torch.full((len(targets),), float("-inf"))
+    top = torch.full(targets.shape, float("-inf"), device=targets.device)
     total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.empty_like(top)
     for first, x in blocks:
         local, inside = _inside(targets, first, x.shape[1])
@@ -65,39 +57,123 @@ def _row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tu
     return chosen, log_sum, log_sum - weighted / total
 
 
+def softmax_gradient_(x: Tensor, first: int, targets: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
+    """A block of x becomes grad (1[v = target] - p_v), the gradient of x where `grad` [T] is that of the log-prob."""
+    grad_x = x.sub_(log_sum.unsqueeze(1)).exp_().mul_(-grad.unsqueeze(1))
+    local, inside = _inside(targets, first, x.shape[1])
+    return grad_x.scatter_add_(1, local, (grad * inside).unsqueeze(1))
+
+
 def _inside(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
     """Column [T, 1] of each target in the vocabulary block that begins at `first`, and whether it lies there [T]."""
     local = targets - first
     return local.clamp(0, width - 1).unsqueeze(1), (local >= 0) & (local < width)
 
 
+def _torch_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = weight.to(dtype).float()
+    parts = zip(hidden.split(ROW_BLOCK), targets.split(ROW_BLOCK), temperature.split(ROW_BLOCK), strict=True)
+    blocks = [row_statistics(logit_blocks(h, head, t), row_targets) for h, row_targets, t in parts]
+    chosen, log_sum, entropy = (torch.cat(values) for values in zip(*blocks, strict=True))
+    return chosen, log_sum, entropy
+
+
+def _torch_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, log_sum: Tensor, grad: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    head = weight.to(dtype).float()
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
+    for begin in range(0, len(hidden), ROW_BLOCK):
+        rows = slice(begin, begin + ROW_BLOCK)
+        for first, x in logit_blocks(hidden[rows], head, temperature[rows]):
+            part = slice(first, first + x.shape[1])
+            grad_x = softmax_gradient_(x, first, targets[rows], log_sum[rows], grad[rows]).div_(temperature[rows])
+            grad_hidden[rows] += grad_x @ head[part]
+            grad_head[part] += grad_x.t() @ hidden[rows]
+    return grad_hidden, grad_head
+
+
+# The Triton path. Gradients of logits exist for a block of rows and vocabulary at once, which moves no bit of forward.
+
+GRADIENT_ROWS, GRADIENT_COLUMNS = 4096, 8192
+
+
+def _triton_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
+    return lm_head.statistics(x, matrix, temperature, targets)
+
+
+def _triton_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, log_sum: Tensor, grad: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.BACKWARD_TERMS)
+    scale = grad.unsqueeze(1) / temperature
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(matrix, dtype=torch.float32)
+    low = hidden.to(dtype)
+    for begin in range(0, len(hidden), GRADIENT_ROWS):
+        rows = slice(begin, begin + GRADIENT_ROWS)
+        for first in range(0, len(matrix), GRADIENT_COLUMNS):
+            part = slice(first, first + GRADIENT_COLUMNS)
+            gradient = lm_head.gradient_from_hidden(
+                x[rows], matrix[part], temperature[rows], targets[rows], log_sum[rows], scale[rows], first
+            )
+            lm_head.add_gradients(gradient, low[rows], matrix[part], grad_hidden[rows], grad_head[part])
+    return grad_hidden, grad_head
+
+
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        head = weight.float()
-        blocks = [
-            _row_statistics(_logit_blocks(rows, head, temperature), row_targets)
-            for rows, row_targets in zip(hidden.split(ROW_BLOCK), targets.split(ROW_BLOCK), strict=True)
-        ]
-        chosen, log_sum, entropy = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, log_sum)
-        ctx.temperature = temperature
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        ctx.path, ctx.dtype = choose("log_probs", hidden), dtype
+        hidden, targets, temperature = aligned(hidden), aligned(targets), aligned(temperature)
+        forward = _triton_forward if ctx.path is Path.TRITON else _torch_forward
+        chosen, log_sum, entropy = forward(hidden, weight, targets, temperature, dtype)
+        ctx.save_for_backward(hidden, weight, targets, temperature, log_sum)
         ctx.mark_non_differentiable(entropy)
         return chosen - log_sum, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, log_sum = ctx.saved_tensors
-        head = weight.float()
-        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
-        for begin in range(0, len(hidden), ROW_BLOCK):
-            rows = slice(begin, begin + ROW_BLOCK)
-            for first, x in _logit_blocks(hidden[rows], head, ctx.temperature):
-                width = x.shape[1]
-                grad_x = x.sub_(log_sum[rows].unsqueeze(1)).exp_().mul_(-grad[rows].unsqueeze(1))
-                local, inside = _inside(targets[rows], first, width)
-                grad_x.scatter_add_(1, local, (grad[rows] * inside).unsqueeze(1))
-                grad_x.div_(ctx.temperature)
-                grad_hidden[rows] += grad_x @ head[first : first + width]
-                grad_head[first : first + width] += grad_x.t() @ hidden[rows]
-        return grad_hidden, grad_head.to(weight.dtype), None, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, targets, temperature, log_sum = ctx.saved_tensors
+        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
+        grad_hidden, grad_head = backward(hidden, weight, targets, temperature, log_sum, aligned(grad), ctx.dtype)
+        return grad_hidden, grad_head.to(weight.dtype), None, None, None
+
+
+def per_row(temperature: Temperature, hidden: Tensor) -> Tensor:
+    """The temperature of each row, FP32 [T, 1]."""
+    if isinstance(temperature, Tensor):
+        return temperature.reshape(-1, 1)
+    return torch.full((len(hidden), 1), temperature, dtype=torch.float32, device=hidden.device)
+
+
+def log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Temperature, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """targets int64 [T] -> log-probs FP32 [T] (differentiable in hidden and weight), entropy FP32 [T] (in nats, no
+    gradient). dtype: the working dtype, bfloat16 or float32, which W is rounded to."""
+    result: tuple[Tensor, Tensor] = _LogProbs.apply(hidden, weight, targets, per_row(temperature, hidden), dtype)
+    return result
+
+
+@torch.no_grad()
+def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature, dtype: torch.dtype) -> Tensor:
+    """Log-probs over the whole vocabulary, FP32 [T, V], equal in bits to `log_probs` at every target: for the sampler,
+    and for checks on a few rows."""
+    temperature = aligned(per_row(temperature, hidden))
+    if choose("log_probs", hidden) is Path.TRITON:
+        logits = like(hidden, len(hidden), len(weight))
+        x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
+        _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
+        return logits.sub_(log_sum.unsqueeze(1))
+    blocks = list(logit_blocks(hidden, weight.to(dtype).float(), temperature))
+    _, log_sum, _ = row_statistics(blocks, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device))
+    return torch.cat([x for _, x in blocks], dim=1).sub_(log_sum.unsqueeze(1))

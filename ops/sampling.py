@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ops.dispatch import Path, choose
+from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
 from ops.log_probs import full_log_probs
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -43,36 +45,182 @@ def sample_reference(log_probs: Tensor, uniform: float) -> int:
     return max(token for token, weight in enumerate(weights) if weight > 0)
 
 
-@torch.no_grad()
-def sample(
-    hidden: Tensor, weight: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws a token for each row.
+# The CPU path.
 
-    hidden FP32 [B, D], weight [V, D], temperature and top_p FP32 [B], top_k int64 [B] (0: all), uniform FP64 [B] ->
-    tokens int64 [B], their log-probs FP32 [B] before top-p and top-k, log-probs of the whole vocabulary FP32 [B, V].
-    Temperature 0 takes the most likely token, the lowest id among equals, with log-probs at temperature 1.
-    """
-    greedy = temperature == 0
-    rows = full_log_probs(hidden, weight, torch.where(greedy, 1.0, temperature).unsqueeze(1))
+
+def _torch_draw(
+    rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """rows: log-probs FP32 [B, V] -> tokens int64 [B] and theirs."""
     probabilities = rows.exp().double()
-    if bool((top_p < 1).any() or (top_k > 0).any()):
-        probabilities = _truncate(probabilities, top_p, top_k)
+    if bool((top_p < 1).any() or (top_k > 0).any() or (min_p > 0).any()):
+        probabilities = _truncate(probabilities, top_p, top_k, min_p)
     cumulative = probabilities.cumsum(-1)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
     tokens = (cumulative <= threshold).sum(-1).clamp_(max=rows.shape[1] - 1)
+    greedy = temperature == 0
     if bool(greedy.any()):
         vocabulary = torch.arange(rows.shape[1])
         best = torch.where(rows == rows.amax(-1, keepdim=True), vocabulary, rows.shape[1]).amin(-1)
         tokens = torch.where(greedy, best, tokens)
-    return tokens, rows.gather(1, tokens.unsqueeze(1)).squeeze(1), rows
+    return tokens, rows.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
 
-def _truncate(probabilities: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """Zeroes what lies outside the top k, and outside the smallest set of mass top_p (Holtzman et al., 1904.09751)."""
+def _truncate(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
+    """Zeroes what lies outside the top k, outside the smallest set of mass top_p, or under min_p of the largest."""
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = ranked.cumsum(-1) - ranked
     rank = torch.arange(ranked.shape[1])
     limit = torch.where(top_k > 0, top_k, ranked.shape[1]).unsqueeze(1)
-    dropped = (rank > 0) & ((before >= top_p.unsqueeze(1)) & (top_p < 1).unsqueeze(1) | (rank >= limit))
+    beyond = (before >= top_p.unsqueeze(1)) & (top_p < 1).unsqueeze(1) | (rank >= limit)
+    dropped = (rank > 0) & (beyond | (ranked < min_p.unsqueeze(1) * ranked[:, :1]))
     return torch.zeros_like(probabilities).scatter_(1, order, ranked.masked_fill(dropped, 0.0))
+
+
+# The Triton path: one program for each row, which walks the vocabulary in fixed blocks. What top_p and top_k keep are
+# the first so many tokens by (probability descending, id ascending). So two numbers describe it: the bits of the least
+# probability, found by bisection (FP32 numbers >= 0 are ordered as their bits are), and the last id that has it.
+
+
+@jit()
+def _load_weights(row_ptr, column, V: tl.constexpr):
+    """Probabilities of a block, FP32 and as bits; zero beyond the vocabulary."""
+    p = tl.exp(tl.load(row_ptr + column, mask=column < V, other=float("-inf")))
+    return p, p.to(tl.int32, bitcast=True)
+
+
+@jit()
+def _above(row_ptr, bits, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass (FP64) and number of the tokens more probable than `bits`."""
+    mass = tl.zeros([BLOCK], dtype=tl.float64)
+    count = tl.zeros([BLOCK], dtype=tl.int32)
+    for first in tl.range(0, V, BLOCK, num_stages=4):
+        p, p_bits = _load_weights(row_ptr, first + tl.arange(0, BLOCK), V)
+        mass += tl.where(p_bits > bits, p, 0.0).to(tl.float64)
+        count += (p_bits > bits).to(tl.int32)
+    return tl.sum(mass, axis=0), tl.sum(count, axis=0)
+
+
+@jit()
+def _last_kept(row_ptr, bits, ties, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Id of the token number `ties` (from 1) among those of probability `bits`; V where they are fewer."""
+    last, seen = V, 0
+    for first in tl.range(0, V, BLOCK, num_stages=4):
+        column = first + tl.arange(0, BLOCK)
+        _, p_bits = _load_weights(row_ptr, column, V)
+        tie = ((p_bits == bits) & (column < V)).to(tl.int32)
+        reached = (seen + tl.cumsum(tie, axis=0)) == ties
+        last = tl.minimum(last, tl.min(tl.where(reached & (tie == 1), column, V), axis=0))
+        seen += tl.sum(tie, axis=0)
+    return last
+
+
+@jit()
+def _kept(row_ptr, column, bits, last, floor, V: tl.constexpr):
+    """Probabilities FP64 of a block, zero where a token is left out."""
+    p, p_bits = _load_weights(row_ptr, column, V)
+    kept = (p_bits > bits) | ((p_bits == bits) & (column <= last))
+    p = p.to(tl.float64)
+    return tl.where(kept & (p >= floor), p, 0.0)
+
+
+@jit()
+def _most_likely(row_ptr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest log-prob of the row and the lowest id that has it."""
+    best = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    at = tl.full([BLOCK], V, dtype=tl.int32)
+    for first in tl.range(0, V, BLOCK, num_stages=4):
+        column = first + tl.arange(0, BLOCK)
+        x = tl.load(row_ptr + column, mask=column < V, other=float("-inf"))
+        at = tl.where(x > best, column, at)
+        best = tl.maximum(best, x)
+    largest = tl.max(best, axis=0)
+    return largest, tl.min(tl.where(best == largest, at, V), axis=0)
+
+
+@jit()
+def _limits(row_ptr, peak, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr):
+    """What top_p FP64 and top_k keep of a row whose largest probability is `peak`: bits of the least probability, and
+    last id that has it."""
+    low, high = 0, peak.to(tl.int32, bitcast=True)
+    while low < high:  # the least bits such that what is above them reaches neither limit
+        middle = low + (high - low) // 2
+        mass, count = _above(row_ptr, middle, V, BLOCK)
+        fits = (mass < top_p) & (count < top_k)
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, middle + 1)
+    mass, count = _above(row_ptr, high, V, BLOCK)
+    p = high.to(tl.float32, bitcast=True).to(tl.float64)
+    by_mass = tl.ceil((top_p - mass) / p)  # ties that begin below top_p; all of them where p is 0
+    ties = tl.minimum(tl.where(by_mass < V, by_mass, V * 1.0).to(tl.int32), top_k - count)
+    return high, _last_kept(row_ptr, high, tl.maximum(ties, 1), V, BLOCK)
+
+
+@jit()
+def _draw_kernel(
+    rows_ptr, temperature_ptr, top_p_ptr, top_k_ptr, min_p_ptr, uniform_ptr, token_ptr, log_prob_ptr,
+    V: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    row_ptr = rows_ptr + row.to(tl.int64) * V
+    largest, token = _most_likely(row_ptr, V, BLOCK)
+    if tl.load(temperature_ptr + row) != 0.0:
+        peak = tl.exp(largest)
+        top_p, top_k = tl.load(top_p_ptr + row), tl.load(top_k_ptr + row).to(tl.int32)
+        bits, last = -1, V
+        if (top_p < 1.0) | (top_k > 0):
+            mass = tl.where(top_p < 1.0, top_p, float("inf")).to(tl.float64)
+            bits, last = _limits(row_ptr, peak, mass, tl.where(top_k > 0, top_k, V), V, BLOCK)
+        floor = tl.minimum(tl.load(min_p_ptr + row), 1.0).to(tl.float64) * peak.to(tl.float64)
+        total = tl.zeros([BLOCK], dtype=tl.float64)
+        for first in tl.range(0, V, BLOCK, num_stages=4):
+            total += _kept(row_ptr, first + tl.arange(0, BLOCK), bits, last, floor, V)
+        threshold = tl.load(uniform_ptr + row) * tl.sum(total, axis=0)
+        token, end, before = V, 0, tl.zeros([], dtype=tl.float64)
+        for first in tl.range(0, V, BLOCK, num_stages=4):
+            column = first + tl.arange(0, BLOCK)
+            p = _kept(row_ptr, column, bits, last, floor, V)
+            passed = (before + tl.cumsum(p, axis=0) > threshold) & (p > 0.0)
+            token = tl.minimum(token, tl.min(tl.where(passed, column, V), axis=0))
+            end = tl.maximum(end, tl.max(tl.where(p > 0.0, column, 0), axis=0))
+            before += tl.sum(p, axis=0)
+        token = tl.minimum(token, end)  # where rounding left the threshold beyond the last sum
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(log_prob_ptr + row, tl.load(row_ptr + token))
+
+
+_BLOCK = 4096
+
+
+def _triton_draw(
+    rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    batch, vocabulary = rows.shape
+    tokens, log_probs = like(rows, batch, dtype=torch.int64), like(rows, batch)
+    settings = [aligned(x) for x in (temperature, top_p, top_k, min_p, uniform)]
+    block = min(next_power_of_two(vocabulary), _BLOCK)
+    launch(_draw_kernel, (batch,), rows, *settings, tokens, log_probs, V=vocabulary, BLOCK=block, warps=8)
+    return tokens, log_probs
+
+
+@torch.no_grad()
+def sample(
+    hidden: Tensor, weight: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Draws a token for each row.
+
+    hidden FP32 [B, D], weight [V, D] rounded to `dtype`, temperature, top_p, min_p FP32 [B], top_k int64 [B] (0: all),
+    uniform FP64 [B] in [0, 1) -> tokens int64 [B], their log-probs FP32 [B] before any limit, log-probs of the whole
+    vocabulary FP32 [B, V]. Temperature 0 takes the most likely token, the lowest id among equals, with log-probs at
+    temperature 1.
+
+    The limits: the top_k most likely tokens (ties to the lowest id), the fewest most likely tokens whose mass reaches
+    top_p (Holtzman et al., 1904.09751), the tokens with at least min_p of the largest probability (2407.01082). Each is
+    measured on the distribution that the temperature makes, and a token must pass all three, so their order is nothing:
+    as SGLang has it ("joint"). Transformers (top-k, top-p, min-p) and vLLM (min-p, top-k, top-p) measure each on what
+    the one before has left, which is another set where top_p comes after another limit.
+    """
+    rows = full_log_probs(hidden, weight, torch.where(temperature == 0, 1.0, temperature), dtype)
+    draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _torch_draw
+    return *draw(rows, temperature, top_p, top_k, min_p, uniform), rows

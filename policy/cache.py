@@ -13,10 +13,19 @@ import ops
 from policy.config import PolicyConfig
 
 
-class CachePools:
-    """slots: sequences remembered at once; blocks: chunk-long key-value blocks for the softmax layers. All FP32."""
+def key_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type in which keys and values are kept: the one in which attention multiplies, FP32 on the CPU path."""
+    return dtype if device.type == "cuda" else torch.float32
 
-    def __init__(self, config: PolicyConfig, slots: int, blocks: int) -> None:
+
+class CachePools:
+    """slots: sequences remembered at once; blocks: chunk-long key-value blocks for the softmax layers.
+
+    States are FP32, keys and values `key_dtype`.
+    """
+
+    def __init__(self, config: PolicyConfig, slots: int, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        kept = key_dtype(dtype, device)
         heads, dim, chunk = config.num_attention_heads, config.head_dim, config.chunk_size
         state, open_chunk = (slots, heads, dim, dim), (slots, heads, chunk, dim)
         block = (blocks, config.num_key_value_heads, chunk, dim)
@@ -24,19 +33,21 @@ class CachePools:
         self.softmax: dict[int, tuple[Tensor, Tensor]] = {}  # keys, values of each softmax layer
         for layer in range(config.num_hidden_layers):
             if config.is_softmax(layer):
-                self.softmax[layer] = torch.zeros(block), torch.zeros(block)
+                self.softmax[layer] = _zeros(block, kept, device), _zeros(block, kept, device)
             else:
-                self.linear[layer] = torch.zeros(state), torch.zeros(open_chunk), torch.zeros(open_chunk)
+                keys, values = _zeros(open_chunk, kept, device), _zeros(open_chunk, kept, device)
+                self.linear[layer] = _zeros(state, torch.float32, device), keys, values
 
     @staticmethod
-    def bytes_per_slot(config: PolicyConfig) -> int:
+    def bytes_per_slot(config: PolicyConfig, kept: torch.dtype) -> int:
         layers = sum(not config.is_softmax(layer) for layer in range(config.num_hidden_layers))
-        return 4 * layers * config.num_attention_heads * config.head_dim * (config.head_dim + 2 * config.chunk_size)
+        row = 4 * config.head_dim + 2 * kept.itemsize * config.chunk_size
+        return layers * config.num_attention_heads * config.head_dim * row
 
     @staticmethod
-    def bytes_per_block(config: PolicyConfig) -> int:
+    def bytes_per_block(config: PolicyConfig, kept: torch.dtype) -> int:
         layers = sum(config.is_softmax(layer) for layer in range(config.num_hidden_layers))
-        return 4 * layers * 2 * config.num_key_value_heads * config.chunk_size * config.head_dim
+        return kept.itemsize * layers * 2 * config.num_key_value_heads * config.chunk_size * config.head_dim
 
     def reset_slots(self, slots: list[int]) -> None:
         """A new sequence starts from the zero state."""
@@ -55,13 +66,17 @@ class CachePools:
                 pool[targets] = pool[source].clone()
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class CacheView:
-    """The pools as one batch sees them: slots int64 [S], block_table int64 [S, blocks]."""
+    """The pools as one batch sees them: slots int64 [S], block_table int64 [S, blocks], where the pools are."""
 
     pools: CachePools
     slots: Tensor
-    block_table: np.ndarray
+    block_table: Tensor | np.ndarray
 
     def linear_layer(self, layer: int) -> ops.LightningCache:
         return ops.LightningCache(*self.pools.linear[layer], self.slots)

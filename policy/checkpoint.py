@@ -1,75 +1,122 @@
-"""Policies on disk: Hugging Face folders in and out (safetensors only), and the digests that name their content."""
+"""Policies on disk: Hugging Face folders in and out.
 
-import hashlib
+Weights are streamed in both directions, so the memory in use peaks at about one shard over the policy itself.
+"""
+
 import json
-import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from policy.checkpoint_fp8 import (
+    FP8,
+    check_quantization,
+    dequantize,
+    dtype_problems,
+    quantization_config,
+    scale_name,
+    weight_shapes,
+)
+from policy.checkpoint_read import MANIFEST, Shards
+from policy.checkpoint_write import MAX_SHARD_BYTES, write_shards, write_text
 from policy.config import PolicyConfig
-from policy.names import export_tensors, load_tensors
+from policy.digest import weights_digest
+from policy.names import HEAD, check_tensors, fill, named_views
 from policy.transformer import Policy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+EXPORT_DTYPES = (*DTYPES, FP8)
+# What goes along with the weights, byte for byte: tokenizer, chat template, the family's code (copied, never run).
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "*.py",
+    "LICENSE*",
+)
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 over dtype, shape and raw bytes."""
-    header = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(header + content.tobytes()).hexdigest()
+def save_policy(
+    folder: Path,
+    policy: Policy,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    source: Path | None = None,
+) -> str:
+    """Writes config.json and the weights in "bfloat16", "float32" or "fp8", by default the working dtype; returns the
+    weights digest.
 
-
-def weights_digest(digests: Mapping[str, str]) -> str:
-    """One SHA-256 over the digests of all tensors, in order of name."""
-    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
-
-
-def save_policy(folder: Path, policy: Policy) -> str:
-    """Writes config.json and model.safetensors; returns the weights digest. The tokenizer is for its owner to save."""
-    tensors = export_tensors(policy)
-    save_config(folder, policy.config, policy.dtype)
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
-    return weights_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()})
-
-
-def save_config(folder: Path, config: PolicyConfig, dtype: torch.dtype) -> None:
-    """Writes config.json and generation_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = next(name for name, value in DTYPES.items() if value == dtype)
-    _write(folder / "config.json", json.dumps(config.to_hf(name), indent=2) + "\n")
-    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
-    _write(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-
-
-def load_policy(folder: Path, dtype: torch.dtype | None = None, chunk_size: int | None = None) -> Policy:
-    """FP32 masters of the policy in a Hugging Face folder; dtype and chunk_size default to what the folder says.
-
-    Raises ValueError naming the file when the folder is not a policy, a file is damaged, or the tensors do not fit.
+    source: the Hugging Face folder that the policy came from, whose companions go along; without one, those are for
+    their owner to save.
     """
-    config = read_config(folder, chunk_size)
+    dtype = dtype or dtype_name(policy.dtype)
+    (folder / MANIFEST).unlink(missing_ok=True)  # it speaks of the weights that were here
+    views = named_views(policy)
+    save_config(folder, policy.config, dtype, source, quantization_config(views) if dtype == FP8 else None)
+    plain = DTYPES.get(dtype, torch.bfloat16)
+    return weights_digest(write_shards(folder, views, plain, dtype == FP8, max_shard_bytes))
+
+
+def save_config(
+    folder: Path, config: PolicyConfig, dtype: str, source: Path | None, quantization: dict[str, Any] | None = None
+) -> None:
+    """Writes all but the weights: config.json, with the fields of the source that are not ours, and companions."""
+    if dtype not in EXPORT_DTYPES:
+        raise ValueError(f"a policy cannot be saved as {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = _read_fields(source) if source else {}
+    for stale in ("dtype", "quantization_config"):
+        foreign.pop(stale, None)
+    fields = {**foreign, **config.to_hf("bfloat16" if dtype == FP8 else dtype)}
+    quantized = {"quantization_config": quantization} if quantization else {}
+    write_text(folder / "config.json", json.dumps({**fields, **quantized}, indent=2) + "\n")
+    generation = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id, "do_sample": True}
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    if source and source != folder:
+        _copy_companions(source, folder)
+
+
+def load_policy(
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    decay_layer_index: str | None = None,
+) -> Policy:
+    """FP32 masters of the policy in a Hugging Face folder; all but the folder defaults to what the folder says.
+
+    BF16 and FP32 weights become masters exactly; FP8 ones are multiplied by their scales in FP32, and rounded to the
+    working dtype where they are used, like any master. Raises ValueError naming the file when the folder is not a
+    policy, a file is damaged, or the tensors do not fit.
+    """
+    config = read_config(folder, chunk_size, decay_layer_index)
     policy = Policy(config, dtype or read_dtype(folder))
     try:
-        load_tensors(policy, _read_tensors(folder))
+        _load_weights(policy, Shards(folder))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return policy
 
 
-def read_config(folder: Path, chunk_size: int | None = None) -> PolicyConfig:
-    """The policy config in a Hugging Face folder; chunk_size replaces the folder's own."""
+def read_config(folder: Path, chunk_size: int | None = None, decay_layer_index: str | None = None) -> PolicyConfig:
+    """The policy config in a Hugging Face folder; chunk_size and decay_layer_index replace the folder's own."""
     fields = _read_fields(folder)
-    if chunk_size is not None:
+    given = {"chunk_size": chunk_size, "decay_layer_index": decay_layer_index}
+    if replaced := {name: value for name, value in given.items() if value is not None}:
         own = fields.get("lockstep", {})
-        fields["lockstep"] = {**(own if isinstance(own, dict) else {}), "chunk_size": chunk_size}
+        fields["lockstep"] = {**(own if isinstance(own, dict) else {}), **replaced}
+    quantization = fields.pop("quantization_config", None)
     try:
+        if quantization is not None:
+            check_quantization(quantization)
         return PolicyConfig.from_hf(fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
@@ -84,7 +131,32 @@ def read_dtype(folder: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _read_fields(folder: Path) -> dict[str, object]:
+def dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def _load_weights(policy: Policy, shards: Shards) -> None:
+    problems = dtype_problems(shards.entries, named_views(policy))
+    if problems:
+        raise ValueError(f"tensors cannot be read: {'; '.join(problems[:10])}")
+    files = {name: entry.file for name, entry in shards.entries.items()}
+    check_tensors(policy, weight_shapes(shards.entries), files)
+    wanted = {*named_views(policy), HEAD}
+    fill(policy, _read_weights(shards, [name for name in shards.entries if name in wanted]))
+
+
+def _read_weights(shards: Shards, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in names:
+        tensor = shards.read(name)
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor = dequantize(tensor, shards.read(scale_name(name)))
+        if not tensor.isfinite().all():
+            file = shards.entries[name].file
+            raise ValueError(f"{file}: tensor {name} holds NaN or infinity; restore the file from its source")
+        yield name, tensor
+
+
+def _read_fields(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -99,20 +171,10 @@ def _read_fields(folder: Path) -> dict[str, object]:
     return fields
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError("no .safetensors file here; other formats (pickled .bin, .pt) are not opened")
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path.name} is damaged ({error}); restore it from its source") from None
-    return tensors
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file():
+                copy = folder / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)

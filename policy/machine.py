@@ -18,18 +18,30 @@ TIMED_RUNS, TIMED_SECONDS = 8, 0.01  # per dtype, whichever ends first: a CPU wi
 BIG_BATCH, SMALL_BATCHES = 64, range(1, 41)
 
 
-def choose_dtype(setting: str) -> tuple[torch.dtype, str]:
-    """The working dtype for the recipe's policy.dtype, and a sentence that says why.
+def choose_device(setting: str) -> torch.device:
+    """Where policies run for the recipe's policy.device: "auto" is a GPU where there is one.
 
-    "bfloat16" and "float32" are taken as asked. "auto" is bfloat16 where a matrix product is faster in it by
-    MIN_SPEEDUP and keeps its bits for every number of rows, under the process's current thread count; otherwise
-    float32.
+    Raises ValueError for a GPU that is not there.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ValueError("policy.device = 'cuda': torch sees no GPU here; set policy.device=cpu, or auto")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The working dtype for the recipe's policy.dtype on a device, and a sentence that says why.
+
+    "bfloat16" and "float32" are taken as asked. "auto" is bfloat16 on a GPU; on a CPU it is bfloat16 where a matrix
+    product is faster in it by MIN_SPEEDUP and keeps its bits for every number of rows, under the process's current
+    thread count; otherwise float32.
     Raises ValueError for another setting.
     """
     if setting in DTYPES:
         return DTYPES[setting], f"{setting}, as policy.dtype asks."
     if setting != "auto":
         raise ValueError(f"policy.dtype = {setting!r}: must be auto, {' or '.join(DTYPES)}")
+    if device.type == "cuda":
+        return torch.bfloat16, "bfloat16: what the tensor cores of a GPU multiply."
     fp32, bf16 = _seconds(torch.float32), _seconds(torch.bfloat16)
     shape = f"{ROWS}x{IN_FEATURES}x{OUT_FEATURES}"
     measured = f"a {shape} product takes {bf16 * 1e3:.2f} ms in bfloat16 and {fp32 * 1e3:.2f} ms in float32"

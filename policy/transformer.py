@@ -1,6 +1,7 @@
 """The policy network: one forward for training, prefill and decode, with the cache passed in or absent.
 
-A pre-norm transformer whose layers are lightning or softmax attention, dense or mixture of experts (report 2.2).
+A pre-norm transformer whose layers are lightning or softmax attention, dense or mixture of experts (report 2.2), for
+every family of `policy.families`.
 Parameters may be FP32 masters (trainer) or already in the working dtype (engine); every use rounds to the working
 dtype first, so both see the same weights.
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import ops
 from policy.cache import CacheView
 from policy.config import PolicyConfig
+from policy.rope import rope_table
 
 
 class _Round(torch.autograd.Function):
@@ -58,22 +60,24 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Fused QKV, per-head norm on q and k, partial RoPE, then the layer's own kind of attention."""
+    """Fused QKV, per-head norm on q and k where the family has one, RoPE, then the layer's own kind of attention."""
 
     def __init__(self, config: PolicyConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads(layer), config.head_dim
         width = self.heads * self.head_dim
         self.query_key_value = Linear(config.hidden_size, width + 2 * self.kv_heads * self.head_dim, dtype)
-        self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
-        self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
+            self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
         self.dense = Linear(width, config.hidden_size, dtype)
-        self.layer, self.eps, self.dtype = layer, config.rms_norm_eps, dtype
+        self.layer, self.eps, self.dtype, self.normed = layer, config.rms_norm_eps, dtype, config.use_qk_norm
 
     def qkv(self, x: Tensor, rope: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> q [T, H, d], k and v [T, K, d]."""
         heads = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
-        q_weight, k_weight = (_fp32(x.weight, self.dtype) for x in (self.query_layernorm, self.key_layernorm))
+        q_weight = _fp32(self.query_layernorm.weight, self.dtype) if self.normed else None
+        k_weight = _fp32(self.key_layernorm.weight, self.dtype) if self.normed else None
         return ops.qk_norm_rope(heads, q_weight, k_weight, self.heads, rope, position_ids, self.eps)
 
 
@@ -97,6 +101,12 @@ class LightningAttention(Attention):
             torch.tensor(config.decay_slopes(layer), dtype=torch.float64), config.chunk_size
         )
 
+    def _apply(self, move: Any, recurse: bool = True) -> "LightningAttention":
+        """The tables follow the parameters to another device."""
+        super()._apply(move, recurse)
+        self.decay = self.decay.to(self.g_proj.weight.device)
+        return self
+
     def forward(self, x: Tensor, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None) -> Tensor:
         q, k, v = self.qkv(x, rope, layout.position_ids)
         states = cache.linear_layer(self.layer) if cache else None
@@ -117,24 +127,41 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
+    """Routed experts and, where the family has one, a shared expert. expert_bias: Ring-linear's, moves choices only."""
+
+    expert_bias: Tensor | None
+
     def __init__(self, config: PolicyConfig, dtype: torch.dtype) -> None:
         super().__init__()
         experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.gate = Linear(hidden, experts, dtype)
-        self.register_buffer("expert_bias", torch.zeros(experts))
+        self.register_buffer("expert_bias", torch.zeros(experts) if config.moe_router_enable_expert_bias else None)
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
-        self.shared_experts = MLP(hidden, config.moe_shared_expert_intermediate_size, dtype)
+        shared = config.moe_shared_expert_intermediate_size * config.num_shared_experts
+        self.shared_experts = MLP(hidden, shared, dtype) if shared else None
         self.config, self.dtype = config, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
-        logits = ops.linear(x, _fp32(self.gate.weight, self.dtype), torch.float32)
-        bias = self.get_buffer("expert_bias")
-        ids, weights = ops.route(logits, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor)
+        logits = ops.fp32_linear(x, self.gate.weight, self.dtype)
+        ids, weights = ops.route(
+            logits,
+            self.expert_bias,
+            c.num_experts_per_tok,
+            c.n_group,
+            c.topk_group,
+            c.routed_scaling_factor,
+            c.score_function,
+            c.norm_topk_prob,
+        )
         routed = ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype)
-        shared: Tensor = self.shared_experts(x).float()
-        return routed + shared
+        return routed if self.shared_experts is None else routed + self.shared_experts(x).float()
+
+    def num_idle_parameters(self) -> int:
+        """Those of the experts that a token does not choose."""
+        width = self.gate_up[0].numel() + self.down[0].numel()
+        return (self.config.num_experts - self.config.num_experts_per_tok) * width
 
 
 class Block(nn.Module):
@@ -144,8 +171,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.attention = kind(config, layer, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        dense = MLP(config.hidden_size, config.intermediate_size, dtype)
-        self.mlp: nn.Module = MoE(config, dtype) if config.is_moe(layer) else dense
+        self.mlp: nn.Module
+        if config.is_moe(layer):
+            self.mlp = MoE(config, dtype)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype)
 
     def forward(
         self, h: Tensor, delta: Tensor | None, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None
@@ -165,8 +195,9 @@ class Policy(nn.Module):
         self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        table = ops.rope_table(config.max_position_embeddings, config.rotary_dim, config.rope_theta)
+        head = torch.empty(config.vocab_size, config.hidden_size)
+        self.lm_head = self.word_embeddings if config.tie_word_embeddings else nn.Parameter(head)
+        table = rope_table(config.max_position_embeddings, config.rotary_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("rope_table", table, persistent=False)
 
     def forward(self, input_ids: Tensor, layout: ops.ChunkLayout, cache: CacheView | None = None) -> Tensor:
@@ -180,11 +211,15 @@ class Policy(nn.Module):
 
     def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """hidden [N, D], targets int64 [N] -> log-probs and entropy in nats, FP32 [N]."""
-        return ops.log_probs(hidden, _fp32(self.lm_head, self.dtype), targets, temperature)
+        return ops.log_probs(hidden, self.lm_head, targets, temperature, self.dtype)
 
     def full_log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
         """hidden [N, D] -> log-probs over the vocabulary, FP32 [N, V], without gradient."""
-        return ops.full_log_probs(hidden, _fp32(self.lm_head, self.dtype), temperature)
+        return ops.full_log_probs(hidden, self.lm_head, temperature, self.dtype)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+        """hidden [N, D], targets int64 [N] -> sum of row_weights FP32 [N] times -log-probs, a scalar."""
+        return ops.cross_entropy(hidden, self.lm_head, targets, row_weights, self.dtype)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
@@ -197,13 +232,15 @@ class Policy(nn.Module):
                 std = self.config.initializer_range * ((2 * len(self.layers)) ** -0.5 if writes else 1.0)
                 parameter.normal_(0.0, std, generator=generator)
 
-    def to_working_dtype(self) -> "Policy":
-        """Drops the FP32 masters, as an engine does. The head stays stored in FP32, in which it is multiplied."""
-        for name, parameter in self.named_parameters():
+    def to_working_dtype(self, device: torch.device | None = None) -> "Policy":
+        """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the head stays stored in FP32, in
+        which it is multiplied there."""
+        device = device or self.device
+        for parameter in self.parameters():
             rounded = parameter.data.to(self.dtype)
-            parameter.data = rounded.float() if name == "lm_head" else rounded
+            parameter.data = rounded.float() if parameter is self.lm_head and device.type == "cpu" else rounded
             parameter.requires_grad_(False)
-        return self
+        return self.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -211,3 +248,9 @@ class Policy(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def num_active_parameters(self) -> int:
+        """Those that one token meets between embeddings and head: the figure that mixtures are named by."""
+        ends = {id(matrix): matrix.numel() for matrix in (self.word_embeddings, self.lm_head)}
+        idle = sum(block.mlp.num_idle_parameters() for block in self.layers if isinstance(block.mlp, MoE))
+        return self.num_parameters() - sum(ends.values()) - idle

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import ops
-from policy.cache import CachePools, CacheView
+from policy.cache import CachePools, CacheView, key_dtype
 from policy.names import load_tensors
 from policy.transformer import Policy
 from rollout.config import RolloutConfig
@@ -31,7 +31,7 @@ class Engine:
         self.policy, self.config, self.policy_version = policy, config, policy_version
         self.device = policy.device
         self.num_blocks = _blocks_in_budget(policy, config)
-        self.pools = CachePools(policy.config, config.max_batch, self.num_blocks)
+        self.pools = CachePools(policy.config, config.max_batch, self.num_blocks, policy.dtype, policy.device)
         self.blocks, self.slots = BlockPool(self.num_blocks), SlotPool(config.max_batch)
         self.scheduler = Scheduler(self.slots, self.blocks, policy.config.chunk_size, config.prefill_tokens)
         self.running = Running(config.max_batch, policy.config)
@@ -141,7 +141,7 @@ class Engine:
             blocks = self.scheduler.block_row(piece.group, 0)
             table[row, : len(blocks)] = blocks
         slots = torch.tensor([piece.group.slots[0] for piece in pieces], device=self.device)
-        hidden = self.policy(self._tensor(ids), layout, CacheView(self.pools, slots, table))
+        hidden = self.policy(self._tensor(ids), layout, CacheView(self.pools, slots, self._tensor(table)))
         last = {id(piece.group): row for piece, row in zip(pieces, layout.last_tokens().tolist(), strict=True)}
         done = self.scheduler.advance(pieces)
         if done:
@@ -163,7 +163,7 @@ class Engine:
         state = self.running
         chunk = self.policy.config.chunk_size
         layout = ops.ChunkLayout.build([1] * len(slots), chunk, state.length[slots] - 1, self.device)
-        view = CacheView(self.pools, self._tensor(slots), state.block_table[slots])
+        view = CacheView(self.pools, self._tensor(slots), self._tensor(state.block_table[slots]))
         hidden = self.policy(self._tensor(state.last_token[slots]), layout, view)
         self._sample(slots, hidden)
 
@@ -175,7 +175,9 @@ class Engine:
             self._tensor(state.temperature[slots]),
             self._tensor(state.top_p[slots]),
             self._tensor(state.top_k[slots]),
+            torch.zeros(len(slots), device=self.device),  # min_p: off
             torch.cat([ops.addressed_uniform(s, a) for s, a in state.addresses_by_seed(slots)]).to(self.device),
+            self.policy.lm_head.dtype,  # rounded when the weights were loaded
         )
         state.append(slots, tokens.cpu().numpy(), log_probs.cpu().numpy(), self.policy_version, rows)
 
@@ -194,9 +196,10 @@ class Engine:
 
 
 def _blocks_in_budget(policy: Policy, config: RolloutConfig) -> int:
-    slot_bytes = CachePools.bytes_per_slot(policy.config) * config.max_batch
+    kept = key_dtype(policy.dtype, policy.device)
+    slot_bytes = CachePools.bytes_per_slot(policy.config, kept) * config.max_batch
     # Without a softmax layer blocks hold nothing but are still counted, so their size must not be zero.
-    block_bytes = max(CachePools.bytes_per_block(policy.config), 1024)
+    block_bytes = max(CachePools.bytes_per_block(policy.config, kept), 1024)
     blocks = (config.memory_mb * 2**20 - slot_bytes) // block_bytes
     if blocks < config.max_batch:
         least = -(-(slot_bytes + config.max_batch * block_bytes) // 2**20)

@@ -13,7 +13,7 @@ from rollout.scheduler import Group
 
 class Running:
     def __init__(self, slots: int, config: PolicyConfig) -> None:
-        self.eos_token_id = config.eos_token_id
+        self.stop_token_ids = np.array(config.stop_token_ids)
         self.active = np.zeros(slots, dtype=bool)
         self.done = np.zeros(slots, dtype=bool)
         self.length = np.zeros(slots, dtype=np.int64)  # tokens of the sequence so far, prompt included
@@ -67,7 +67,8 @@ class Running:
         self.last_token[slots] = tokens
         self.length[slots] += 1
         self.generated[slots] += 1
-        self.done[slots] = (tokens == self.eos_token_id) | (self.generated[slots] >= self.limit[slots])
+        stopped = (tokens[:, None] == self.stop_token_ids).any(1)
+        self.done[slots] = stopped | (self.generated[slots] >= self.limit[slots])
         for slot in self.full_vocab.keys() & set(slots.tolist()) if self.full_vocab else ():
             self.full_vocab[slot].append(rows[int(np.flatnonzero(slots == slot)[0])].cpu().numpy().copy())
 
@@ -87,7 +88,7 @@ class Running:
         group, count = self.group[slot], self.generated[slot]
         assert group is not None and self.active[slot]
         rows = self.full_vocab.pop(slot, None)
-        reason = "stop" if count and self.tokens[slot, count - 1] == self.eos_token_id else "length"
+        reason = "stop" if count and self.tokens[slot, count - 1] in self.stop_token_ids else "length"
         completion = Completion(
             request_id=group.request.request_id,
             sample=group.samples[self.index[slot]],

@@ -1,6 +1,6 @@
-"""The losses, as pure functions of the log-probabilities of the completion tokens.
+"""The loss, as a pure function of the log-probabilities of the completion tokens.
 
-Both are sums over tokens divided by `num_tokens_global`, the number of completion tokens of the whole optimizer
+It is a sum over tokens divided by `num_tokens_global`, the number of completion tokens of the whole optimizer
 step. The caller passes it in, so cutting a step into micro-batches changes neither the loss nor the gradient.
 """
 
@@ -73,8 +73,3 @@ def _sums(
         kl=(log_ratio.double().expm1() - log_ratio.double()).sum().item(),
         ratio_max=log_ratio.exp().max().item(),
     )
-
-
-def supervised_loss(log_probs: Tensor, num_tokens_global: int) -> Tensor:
-    """Cross-entropy against the demonstrated tokens, in nats per token of the step. log_probs: [N]."""
-    return -log_probs.sum() / num_tokens_global

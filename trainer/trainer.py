@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor, nn
 
-from ops import ChunkLayout
+from ops import ChunkLayout, clip_gradients, gradient_norm
 from policy.transformer import Policy
 from trainer.batch import FloatArray, IntArray, PackedBatch, TrainSample
 from trainer.config import TrainerConfig
-from trainer.loss import LossSums, policy_loss, supervised_loss
+from trainer.loss import LossSums, policy_loss
 from trainer.optimizer import Schedule, build_optimizer, warmup_constant
 from trainer.packing import pack_under_budget
 
@@ -82,15 +81,15 @@ class Trainer:
         Raises FloatingPointError, with weights, moments and policy_version as they were, when the norm is not finite.
         """
         assert self._gradients_ready, "apply() without compute()"
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.grad is not None]
-        norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in self.policy.parameters() if parameter.grad is not None]
+        norm = gradient_norm(gradients)
         if not math.isfinite(norm.item()):
             self.discard()
             raise FloatingPointError(
                 f"gradient norm is {norm.item()} at step {self._policy_version + 1}; no weight was changed. "
                 "Lower trainer.learning_rate and go on from the last checkpoint"
             )
-        clip_grads_with_norm_(parameters, self.config.clip_grad_norm, norm)
+        clip_gradients(gradients, self.config.clip_grad_norm, norm)
         learning_rate = self._schedule(self._policy_version)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -133,12 +132,13 @@ class Trainer:
     def state_tensors(self) -> dict[str, Tensor]:
         """Every tensor a checkpoint needs, by name; the live tensors, not copies.
 
-        `policy.*`: parameters and buffers, tied ones once. `step.*`, `exp_avg.*`, `exp_avg_sq.*`: AdamW's state.
+        `policy.*`: parameters and buffers, tied ones once, frozen ones not: those are still where they were loaded
+        from. `step.*`, `exp_avg.*`, `exp_avg_sq.*`: AdamW's state.
         """
         tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for name, tensor in self.policy.state_dict(keep_vars=True).items():
-            if id(tensor) in seen:
+            if id(tensor) in seen or (isinstance(tensor, nn.Parameter) and not tensor.requires_grad):
                 continue
             seen.add(id(tensor))
             tensors[f"policy.{name}"] = tensor.detach()
@@ -192,8 +192,10 @@ class Trainer:
         return log_probs.detach(), sums, entropy.double().sum().item()
 
     def _supervised_backward(self, batch: PackedBatch, num_tokens_global: int) -> float:
-        log_probs, _ = self._predict(batch, temperature=1.0)
-        loss = supervised_loss(log_probs, num_tokens_global)
+        """Cross-entropy against the demonstrated tokens, in nats per token of the step."""
+        rows, targets = batch.predictions()
+        row_weights = torch.full((len(targets),), 1 / num_tokens_global, device=targets.device)
+        loss = self.policy.cross_entropy(self._hidden(batch)[rows], targets, row_weights)
         loss.backward()
         return loss.item()
 

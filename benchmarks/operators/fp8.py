@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.operators.case import Case, backward, empty
+from benchmarks.operators.case import FP8_TARGETS, Case, backward, empty, rows_at
 from ops import fp8
 
 TOKENS, D = 8192, 2048
-TARGETS = ("sm_90", "sm_100")  # e4m3 products want tensor cores that know them
+TARGETS = FP8_TARGETS
 
 
 def _matmul_inputs(rows: int, columns: int, inner: int) -> Callable[[torch.device], tuple[object, ...]]:
@@ -36,7 +36,7 @@ def _matmul(rows: int, columns: int, inner: int) -> Case:
     return Case(
         "fp8", "matmul", f"M{rows} N{columns} K{inner}", _matmul_inputs(rows, columns, inner), fp8.fp8_matmul,
         bytes=rows * inner + columns * inner + 2.0 * rows * columns, flops=2.0 * rows * columns * inner,
-        dtype="float8", peers={"cuBLAS, one scale for a tensor": _cublas},
+        dtype="float8", peers={"cuBLAS, one scale for a tensor": _cublas}, rows=rows_at(rows, 0),
     )  # fmt: skip
 
 
@@ -54,15 +54,16 @@ CASES = [
     _matmul(64, 6144, 2048),
     Case(
         "fp8", "quantize rows", "T8192 D2048", lambda d: (empty(TOKENS, D, dtype=torch.bfloat16)(d),),
-        fp8.quantize_rows, bytes=TOKENS * D * 3.0,
+        fp8.quantize_rows, bytes=TOKENS * D * 3.0, rows=rows_at(TOKENS, 0),
     ),
     Case(
         "fp8", "rms_norm + quantize", "T8192 D2048", lambda d: (empty(TOKENS, D)(d), empty(D)(d)),
         lambda x, weight: fp8.rms_norm_quantize(x, weight, 1e-6), bytes=TOKENS * D * 5.0,
+        rows=rows_at(TOKENS, 0),
     ),
     Case(
         "fp8", "swiglu + quantize", "T8192 F5120", lambda d: (empty(TOKENS, 10240, dtype=torch.bfloat16)(d),),
-        fp8.swiglu_quantize, bytes=TOKENS * 5120 * 5.0,
+        fp8.swiglu_quantize, bytes=TOKENS * 5120 * 5.0, rows=rows_at(TOKENS, 0),
     ),
     Case(
         "fp8", "linear both", "T8192 N6144 K2048",

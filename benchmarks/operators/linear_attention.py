@@ -1,12 +1,13 @@
 """Cases of lightning attention at the widths of Ring-mini-linear: 16 heads of 128, chunks of 64."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import ops
-from benchmarks.operators.case import Arguments, Case, backward, empty
+from benchmarks.operators.case import Arguments, Case, Rows, backward, empty
 
 H, D, C = 16, 128, 64
 SEQUENCES, LENGTH = 4, 2048
@@ -39,6 +40,19 @@ def _cached_inputs(sequences: int, new: int, start: int) -> Callable[[torch.devi
         return *_qkv(device, sequences * new), ops.DecayTables.build(SLOPES, C).to(device), layout, cache
 
     return make
+
+
+def _sequences(count: int, new: int, start: int = 0) -> Rows:
+    """Some of the sequences alone, each with its own slot of the cache."""
+
+    def take(arguments: Arguments, which: slice) -> Arguments:
+        q, k, v, decay, layout, *cache = arguments
+        tokens, chosen = slice(which.start * new, which.stop * new), which.stop - which.start
+        alone = ops.ChunkLayout.build([new] * chosen, C, [start] * chosen, layout.device)
+        slots = (replace(each, slots=each.slots[which]) for each in cache)
+        return q[tokens], k[tokens], v[tokens], decay, alone, *slots
+
+    return Rows(count, take, outputs=new)
 
 
 def _fla_training() -> Callable[..., object]:
@@ -81,13 +95,14 @@ def _decode(sequences: int) -> Case:
     return Case(
         "linear_attention", "decode", f"B{sequences} H16 d128 C64", _cached_inputs(sequences, 1, CONTEXT),
         ops.lightning_attention, bytes=sequences * (TOKEN_BYTES + STATE_BYTES + open_rows), peers={"fla": _fla_decode},
+        rows=_sequences(sequences, 1, CONTEXT),
     )  # fmt: skip
 
 
 CASES = [
     Case(
         "linear_attention", "forward", "T4x2048 H16 d128 C64", _training_inputs, ops.lightning_attention,
-        bytes=TOKENS * TOKEN_BYTES, flops=TILE_FLOPS, peers={"fla": _fla_training},
+        bytes=TOKENS * TOKEN_BYTES, flops=TILE_FLOPS, peers={"fla": _fla_training}, rows=_sequences(SEQUENCES, LENGTH),
     ),
     Case(
         "linear_attention", "forward and backward", "T4x2048 H16 d128 C64", _training_inputs,

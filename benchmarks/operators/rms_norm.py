@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 import ops
-from benchmarks.operators.case import Case, backward, empty
+from benchmarks.operators.case import Case, backward, empty, rows_at
 
 TOKENS, D = 8192, 2048
 EPS = 1e-6
@@ -32,8 +32,14 @@ def _gate_inputs(device: torch.device) -> tuple[object, ...]:
 
 
 CASES = [
-    Case("rms_norm", "forward", "T8192 D2048", _norm_inputs, _norm, bytes=TOKENS * D * 8, peers={"torch": _torch}),
+    Case(
+        "rms_norm", "forward", "T8192 D2048", _norm_inputs, _norm, bytes=TOKENS * D * 8, peers={"torch": _torch},
+        rows=rows_at(TOKENS, 0),
+    ),
     Case("rms_norm", "forward and backward", "T8192 D2048", _norm_inputs, backward(_norm), bytes=TOKENS * D * 28),
-    Case("rms_norm", "gated forward", "T8192 G4x512", _gate_inputs, _gate, bytes=TOKENS * D * 10),
+    Case(
+        "rms_norm", "gated forward", "T8192 G4x512", _gate_inputs, _gate, bytes=TOKENS * D * 10,
+        rows=rows_at(TOKENS, 0, 2),
+    ),
     Case("rms_norm", "gated both", "T8192 G4x512", _gate_inputs, backward(_gate), bytes=TOKENS * D * 36),
-]
+]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 import ops
-from benchmarks.operators.case import Case, backward, empty
+from benchmarks.operators.case import Case, backward, empty, rows_at
 
 TOKENS, DIM = 8192, 128
 EPS = 1e-6
@@ -39,7 +39,12 @@ def _bytes(heads: int, kv_heads: int) -> float:
 
 
 CASES = [
-    Case("rope", "forward", "T8192 H16 K16 d128", _inputs(16, 16), _forward(16), bytes=_bytes(16, 16)),
-    Case("rope", "forward", "T8192 H16 K4 d128", _inputs(16, 4), _forward(16), bytes=_bytes(16, 4)),
+    *(
+        Case(
+            "rope", "forward", f"T8192 H16 K{kv_heads} d128", _inputs(16, kv_heads), _forward(16),
+            bytes=_bytes(16, kv_heads), rows=rows_at(TOKENS, 0, 4),
+        )
+        for kv_heads in (16, 4)
+    ),
     Case("rope", "both", "T8192 H16 K16 d128", _inputs(16, 16), backward(_turn(16)), bytes=5 * _bytes(16, 16) / 2),
-]
+]  # fmt: skip

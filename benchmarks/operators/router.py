@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 import ops
-from benchmarks.operators.case import Case, backward, empty
+from benchmarks.operators.case import Case, backward, empty, rows_at
 
 EXPERTS, SETTINGS = 256, (8, 8, 4, 2.5)
 
@@ -23,7 +23,12 @@ def _inputs(tokens: int) -> Callable[[torch.device], tuple[object, ...]]:
 
 
 CASES = [
-    Case("router", "forward", "T8192 E256 k8", _inputs(8192), _route, bytes=8192 * (EXPERTS * 4 + 8 * 12.0)),
-    Case("router", "forward", "T64 E256 k8", _inputs(64), _route, bytes=64 * (EXPERTS * 4 + 8 * 12.0)),
+    *(
+        Case(
+            "router", "forward", f"T{tokens} E256 k8", _inputs(tokens), _route,
+            bytes=tokens * (EXPERTS * 4 + 8 * 12.0), rows=rows_at(tokens, 0),
+        )
+        for tokens in (8192, 64)
+    ),
     Case("router", "both", "T8192 E256 k8", _inputs(8192), backward(_weights), bytes=8192 * (EXPERTS * 12 + 8 * 24.0)),
-]
+]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 import ops
-from benchmarks.operators.case import Case, backward, empty
+from benchmarks.operators.case import Case, backward, empty, rows_at
 
 
 def _inputs(rows: int, width: int) -> Callable[[torch.device], tuple[object, ...]]:
@@ -23,7 +23,7 @@ def _torch() -> Callable[..., object]:
 def _case(name: str, run: Callable[..., object], rows: int, width: int, values: int) -> Case:
     return Case(
         "swiglu", name, f"T{rows} F{width}", _inputs(rows, width), run, bytes=2.0 * rows * width * values,
-        peers={"torch": _torch},
+        peers={"torch": _torch}, rows=rows_at(rows, 0),
     )  # fmt: skip
 
 

@@ -11,25 +11,33 @@ from torch import Tensor
 
 import ops
 
+FP32 = torch.float32
+
 
 def draw(
-    probabilities: list[list[float]], uniform: list[float], temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
+    probabilities: list[list[float]],
+    uniform: list[float],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
 ) -> list[int]:
     """Rows with the given probabilities, made by a one-hot hidden state for each row."""
     rows = len(probabilities)
     weight = torch.tensor(probabilities).log().clamp(min=-1000.0).t().contiguous()
-    settings = torch.full((rows,), temperature), torch.full((rows,), top_p), torch.full((rows,), top_k)
-    return ops.sample(torch.eye(rows), weight, *settings, torch.tensor(uniform, dtype=torch.float64))[0].tolist()
+    settings = (torch.full((rows,), value) for value in (temperature, top_p, top_k, min_p))
+    return ops.sample(torch.eye(rows), weight, *settings, torch.tensor(uniform, dtype=torch.float64), FP32)[0].tolist()
 
 
 def made(rows: int, vocabulary: int = 17, dim: int = 8) -> tuple[Tensor, ...]:
-    """hidden, weight, temperature, top_p, top_k, uniform of a batch with every kind of row."""
+    """hidden, weight, temperature, top_p, top_k, min_p, uniform of a batch with every kind of row."""
     return (
         torch.randn(rows, dim),
         torch.randn(vocabulary, dim),
         torch.tensor([0.0, 0.6, 1.0])[torch.arange(rows) % 3],
         torch.tensor([1.0, 0.8])[torch.arange(rows) % 2],
         torch.tensor([0, 0, 3, 0, 1])[torch.arange(rows) % 5],
+        torch.tensor([0.0, 0.0, 0.1, 0.9])[torch.arange(rows) % 4],
         torch.rand(rows, dtype=torch.float64),
     )
 
@@ -79,7 +87,9 @@ def test_distribution() -> None:
     uniform = ops.addressed_uniform(11, address)
     ones = torch.ones(draws)
     weight = torch.from_numpy(np.log(weights)).float()[:, None]
-    tokens = ops.sample(ones[:, None], weight, ones, ones, torch.zeros(draws, dtype=torch.long), uniform)[0]
+    tokens = ops.sample(
+        ones[:, None], weight, ones, ones, torch.zeros(draws, dtype=torch.long), 0 * ones, uniform, FP32
+    )[0]
     expected = draws * weights
     assert ((np.bincount(tokens.numpy(), minlength=8) - expected) ** 2 / expected).sum() < 24.32
 
@@ -88,8 +98,8 @@ def test_distribution() -> None:
 def test_row_equals_reference(seed: int, uniform: float, temperature: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(29, 8, generator=generator)
-    settings = torch.full((3,), temperature), torch.ones(3), torch.zeros(3, dtype=torch.long)
-    tokens, _, rows = ops.sample(hidden, weight, *settings, torch.full((3,), uniform, dtype=torch.float64))
+    settings = torch.full((3,), temperature), torch.ones(3), torch.zeros(3, dtype=torch.long), torch.zeros(3)
+    tokens, _, rows = ops.sample(hidden, weight, *settings, torch.full((3,), uniform, dtype=torch.float64), FP32)
     assert tokens.tolist() == [ops.sample_reference(row, uniform) for row in rows]
 
 
@@ -101,8 +111,8 @@ def test_cumulative_distribution_is_walked_in_order() -> None:
 
 def test_greedy_takes_the_lowest_of_the_most_likely_at_temperature_one() -> None:
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.0], [0.0]])
-    settings = torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.long)
-    token, log_prob, _ = ops.sample(hidden, weight, *settings, torch.tensor([0.999], dtype=torch.float64))
+    settings = torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.long), torch.zeros(1)
+    token, log_prob, _ = ops.sample(hidden, weight, *settings, torch.tensor([0.999], dtype=torch.float64), FP32)
     assert token.item() == 1
     assert log_prob.item() == pytest.approx(-math.log(2 + math.exp(-2) + math.exp(-3)))
 
@@ -124,6 +134,27 @@ def test_top_p_and_top_k(top_p: float, top_k: int, expected: int) -> None:
     assert draw([[0.5, 0.25, 0.15, 0.1]], [0.95], top_p=top_p, top_k=top_k) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("min_p", "top_p", "top_k", "expected"),
+    [
+        (0.0, 1.0, 0, 3),
+        (0.25, 1.0, 0, 2),  # at least 0.125: three, 0.95 of 0.9
+        (0.5, 1.0, 0, 1),  # at least 0.25, which 0.25 is
+        (0.51, 1.0, 0, 0),
+        (1.0, 1.0, 0, 0),
+        (0.25, 0.6, 0, 1),  # the tighter wins
+        (0.25, 1.0, 1, 0),
+    ],
+)
+def test_min_p(min_p: float, top_p: float, top_k: int, expected: int) -> None:
+    assert draw([[0.5, 0.25, 0.15, 0.1]], [0.95], top_p=top_p, top_k=top_k, min_p=min_p) == [expected]
+
+
+def test_limits_are_measured_on_one_distribution() -> None:
+    """0.4 does not reach half of the whole, so 0.3 stays; of the two that the top 2 leave it would be 0.57 and do."""
+    assert draw([[0.4, 0.3, 0.2, 0.1]], [0.99], top_p=0.5, top_k=2) == [1]
+
+
 def test_top_k_keeps_the_lowest_of_equals() -> None:
     assert draw([[0.1, 0.3, 0.3, 0.3]] * 2, [0.49, 0.99], top_k=2) == [1, 2]
 
@@ -135,19 +166,19 @@ def test_truncation_keeps_the_order_of_the_vocabulary() -> None:
 
 def test_draw_does_not_depend_on_the_batch() -> None:
     hidden, weight, *settings = made(60)
-    together = ops.sample(hidden, weight, *settings)
+    together = ops.sample(hidden, weight, *settings, FP32)
     chosen = torch.randperm(60)[:23]
     for rows in (chosen, *(torch.tensor([row]) for row in range(60))):
-        apart = ops.sample(hidden[rows], weight, *(setting[rows] for setting in settings))
+        apart = ops.sample(hidden[rows], weight, *(setting[rows] for setting in settings), FP32)
         assert all(torch.equal(a, b[rows]) for a, b in zip(apart, together, strict=True))
 
 
 def test_recorded_log_prob_is_the_trainers() -> None:
     """Before top-p and top-k, at the row's temperature; a greedy row is recorded at temperature 1."""
     hidden, weight, temperature, *settings = made(60)
-    tokens, log_probs, rows = ops.sample(hidden, weight, temperature, *settings)
+    tokens, log_probs, rows = ops.sample(hidden, weight, temperature, *settings, FP32)
     assert torch.equal(rows.gather(1, tokens[:, None]).squeeze(1), log_probs)
     for value in (0.0, 0.6, 1.0):
         chosen = temperature == torch.tensor(value)
-        trained, _ = ops.log_probs(hidden[chosen], weight, tokens[chosen], value or 1.0)
+        trained, _ = ops.log_probs(hidden[chosen], weight, tokens[chosen], value or 1.0, FP32)
         assert torch.equal(trained, log_probs[chosen])

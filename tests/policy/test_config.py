@@ -1,99 +1,32 @@
 """PolicyConfig: what it accepts, what it derives, and the config.json it comes from and goes to."""
 
 import dataclasses
+import json
 import math
 from typing import Any
 
 import pytest
-import torch
 
-from policy.config import FIXED_FIELDS, PolicyConfig
-from policy.names import name_table
-from policy.transformer import Policy
-from tests.policy.tiny import make_config
-
-MINI: dict[str, Any] = {
-    "architectures": ["BailingMoeLinearV2ForCausalLM"],
-    "model_type": "bailing_moe_linear",
-    "hidden_size": 2048,
-    "intermediate_size": 5120,
-    "moe_intermediate_size": 512,
-    "moe_shared_expert_intermediate_size": 512,
-    "num_hidden_layers": 20,
-    "layer_group_size": 5,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "group_norm_size": 4,
-    "linear_silu": False,
-    "use_qk_norm": True,
-    "partial_rotary_factor": 0.5,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-6,
-    "use_rmsnorm": True,
-    "hidden_act": "silu",
-    "num_experts": 256,
-    "num_experts_per_tok": 8,
-    "num_shared_experts": 1,
-    "n_group": 8,
-    "topk_group": 4,
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "score_function": "sigmoid",
-    "router_dtype": "fp32",
-    "moe_router_enable_expert_bias": True,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
-    "use_bias": False,
-    "use_qkv_bias": False,
-    "tie_word_embeddings": False,
-    "vocab_size": 157184,
-    "eos_token_id": 156892,
-    "pad_token_id": 156892,
-    "attention_dropout": 0.0,
-    "embedding_dropout": 0.0,
-    "output_dropout": 0.0,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.56.1",
-    "use_cache": True,
-}
-FLASH = MINI | {
-    "hidden_size": 4096,
-    "intermediate_size": 9216,
-    "moe_intermediate_size": 1024,
-    "moe_shared_expert_intermediate_size": 1024,
-    "num_hidden_layers": 32,
-    "layer_group_size": 8,
-    "num_attention_heads": 32,
-    "group_norm_size": 8,
-}
+from policy.config import PolicyConfig
+from policy.families import FAMILIES, RING_LINEAR
+from policy.rope import Llama3Scaling
+from tests.policy.published import FLASH, LLAMA_3_8B, MINI, PUBLISHED, QWEN3_8B, QWEN3_30B_A3B
+from tests.policy.tiny import FIELDS, family_config, make_config
 
 
-@pytest.mark.parametrize(("fields", "billions"), [(MINI, 16.42), (FLASH, 104.18)])
-def test_published_sizes(fields: dict[str, Any], billions: float) -> None:
-    with torch.device("meta"):
-        policy = Policy(PolicyConfig.from_hf(fields), torch.bfloat16)
-    assert round(policy.num_parameters() / 1e9, 2) == billions
-
-
-def test_published_tensor_names() -> None:
-    table = name_table(PolicyConfig.from_hf(MINI))
-    assert len(table) == 14_845
-    assert "model.layers.19.mlp.experts.255.down_proj.weight" in table
-    assert "model.layers.4.attention.g_proj.weight" not in table  # a softmax layer
-
-
-@pytest.mark.parametrize("fields", [MINI, FLASH])
+@pytest.mark.parametrize("fields", PUBLISHED)
 def test_config_json_round_trip(fields: dict[str, Any]) -> None:
     config = PolicyConfig.from_hf(fields)
     written = config.to_hf("bfloat16")
     assert PolicyConfig.from_hf(written) == config
-    assert {name: written[name] for name in fields.keys() & written.keys()} == {
-        name: value for name, value in fields.items() if name not in ("transformers_version", "use_cache")
+    unshaped = {"transformers_version", "use_cache", "bos_token_id", "sliding_window", "max_window_layers"}
+    unshaped |= {"output_router_logits", "router_aux_loss_coef"}
+    assert {name: written[name] for name in fields if name in written} == {
+        name: value for name, value in fields.items() if name not in unshaped
     }
-    assert written["lockstep"] == {"chunk_size": 64, "decay_layer_index": "engine"}
+    ring = fields["model_type"] == RING_LINEAR
+    assert written["lockstep"] == {"chunk_size": 64} | ({"decay_layer_index": "engine"} if ring else {})
+    assert json.loads(json.dumps(written)) == written
 
 
 def test_own_fields_round_trip() -> None:
@@ -153,7 +86,7 @@ CONTRADICTIONS = [
     ({"n_group": 8}, "an expert group needs at least 2 experts"),
     ({"num_experts_per_tok": 9}, "num_experts_per_tok exceeds the experts in the kept groups"),
     ({"n_group": 4, "num_experts_per_tok": 3}, "num_experts_per_tok exceeds the experts in the kept groups"),
-    ({"num_shared_experts": 2}, "num_shared_experts must be 1"),
+    ({"num_shared_experts": 2}, "num_shared_experts must be 0 or 1"),
     ({"chunk_size": 8}, "chunk_size must be a power of two, at least 16"),
     ({"chunk_size": 48}, "chunk_size must be a power of two, at least 16"),
     ({"decay_layer_index": "mlx"}, "decay_layer_index must be engine or hf"),
@@ -161,6 +94,17 @@ CONTRADICTIONS = [
     ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
     ({"layer_group_size": 0}, "layer_group_size must be at least 1, got 0"),
     ({"n_group": 0}, "n_group must be at least 1, got 0"),
+    ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must not be negative"),
+    ({"hidden_size": "128"}, "hidden_size must be a whole number, got '128'"),
+    ({"num_experts": True}, "num_experts must be a whole number, got True"),
+    ({"rope_theta": "1e6"}, "rope_theta must be a number, got '1e6'"),
+    (
+        {"model_type": "mamba"},
+        "model_type = 'mamba' cannot be built; the families are bailing_moe_linear, llama, qwen3",
+    ),
+    ({"use_qk_norm": False}, "use_qk_norm = False, but every bailing_moe_linear policy has True"),
+    ({"mlp_only_layers": (1,)}, r"mlp_only_layers = \(1,\), but every bailing_moe_linear policy has \(\)"),
+    ({"model_type": "llama"}, "layer_group_size = 4, but every llama policy has 1"),
 ]
 
 
@@ -170,10 +114,96 @@ def test_contradiction_is_named(fields: dict[str, Any], rule: str) -> None:
         PolicyConfig(**({"vocab_size": 9} | fields))
 
 
-@pytest.mark.parametrize("name", sorted(FIXED_FIELDS))
-def test_field_that_the_family_fixes(name: str) -> None:
+FIXED = [
+    (fields, name)
+    for fields in (MINI, QWEN3_8B, QWEN3_30B_A3B, LLAMA_3_8B)
+    for name in FAMILIES[fields["model_type"]].fixed
+    if name not in ("model_type", "num_nextn_predict_layers")
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), FIXED, ids=[f"{fields['model_type']}-{name}" for fields, name in FIXED])
+def test_field_that_the_family_fixes(fields: dict[str, Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} = 'other', but this family has"):
-        PolicyConfig.from_hf(MINI | {name: "other"})
+        PolicyConfig.from_hf(fields | {name: "other"})
+
+
+def test_layers_that_predict_further_tokens_are_read_and_not_exported() -> None:
+    config = PolicyConfig.from_hf(MINI | {"num_nextn_predict_layers": 1})
+    assert config.num_nextn_predict_layers == 1
+    assert config.to_hf("bfloat16")["num_nextn_predict_layers"] == 0
+
+
+REFUSED = [
+    (
+        QWEN3_8B | {"model_type": "qwen2"},
+        "model_type = 'qwen2' cannot be built; the families are bailing_moe_linear, llama",
+    ),
+    (QWEN3_8B | {"use_sliding_window": True}, "use_sliding_window = True, but this family has False"),
+    (QWEN3_8B | {"attention_bias": True}, "attention_bias = True, but this family has False"),
+    (LLAMA_3_8B | {"mlp_bias": True}, "mlp_bias = True, but this family has False"),
+    (QWEN3_8B | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = .* only full_attention"),
+    (QWEN3_8B | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn': only llama3"),
+    (QWEN3_8B | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn': only llama3"),
+    (
+        LLAMA_3_8B | {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+        "rope_scaling of type llama3 needs just the numbers factor, ",
+    ),
+    (LLAMA_3_8B | {"rope_parameters": {"rope_theta": 10000.0}}, "rope_theta = 500000.0 here and 10000.0 there"),
+    (LLAMA_3_8B | {"rope_scaling": LLAMA_3_8B["rope_scaling"] | {"factor": "8"}}, "needs just the numbers factor, "),
+    (LLAMA_3_8B | {"rope_scaling": LLAMA_3_8B["rope_scaling"] | {"beta": 8}}, "needs just the numbers factor, .*beta"),
+    (LLAMA_3_8B | {"rope_parameters": "llama3"}, "rope_parameters = 'llama3' is not an object"),
+    (QWEN3_30B_A3B | {"num_local_experts": 64}, "num_experts = 128 here and 64 there"),
+    (QWEN3_8B | {"eos_token_id": None}, "eos_token_id is missing"),
+    ({k: v for k, v in QWEN3_8B.items() if k != "head_dim"}, "head_dim is missing"),
+    (QWEN3_8B | {"num_experts": 8}, "unknown field num_experts"),
+    (LLAMA_3_8B | {"sliding_window": 4096}, "unknown field sliding_window"),
+    (LLAMA_3_8B | {"lockstep": {"decay_layer_index": "hf"}}, "unknown field lockstep.decay_layer_index"),
+    (QWEN3_30B_A3B | {"mlp_only_layers": [48]}, "mlp_only_layers must lie within num_hidden_layers"),
+    (QWEN3_30B_A3B | {"num_experts_per_tok": 129}, "num_experts_per_tok exceeds"),
+    (QWEN3_30B_A3B | {"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, got 0"),
+    (QWEN3_8B | {"head_dim": 12}, "head_dim must be a multiple of 8"),
+]
+
+
+@pytest.mark.parametrize(("fields", "problem"), REFUSED, ids=[problem for _, problem in REFUSED])
+def test_what_the_other_families_refuse(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        PolicyConfig.from_hf(fields)
+
+
+def test_names_of_transformers_5() -> None:
+    """It keeps the rotary fields together, calls the number of experts otherwise, and writes what is off as null."""
+    moved = {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "num_local_experts": 128}
+    fields = {k: v for k, v in QWEN3_30B_A3B.items() if k not in ("rope_theta", "rope_scaling", "num_experts")}
+    written = fields | moved | {"pad_token_id": None, "layer_types": None}
+    assert PolicyConfig.from_hf(written) == PolicyConfig.from_hf(QWEN3_30B_A3B)
+    scaling = LLAMA_3_8B["rope_scaling"] | {"rope_theta": 500000.0}
+    fields = {k: v for k, v in LLAMA_3_8B.items() if k not in ("rope_theta", "rope_scaling")}
+    assert PolicyConfig.from_hf(fields | {"rope_parameters": scaling}) == PolicyConfig.from_hf(LLAMA_3_8B)
+
+
+def test_what_llama_leaves_unsaid() -> None:
+    config = PolicyConfig.from_hf(LLAMA_3_8B)
+    assert config.head_dim == config.rotary_dim == 128
+    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    assert (config.stop_token_ids, config.pad_token_id) == ((128001, 128008, 128009), 128001)
+    every_head = {k: v for k, v in LLAMA_3_8B.items() if k != "num_key_value_heads"}
+    assert PolicyConfig.from_hf(every_head).num_key_value_heads == 32
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_softmax_attention_in_every_layer(name: str) -> None:
+    config = family_config(name)
+    assert all(config.is_softmax(layer) for layer in range(config.num_hidden_layers))
+
+
+def test_layers_with_experts() -> None:
+    """Every layer whose number, counted from 1, the step divides, but for those that are named."""
+    config = dataclasses.replace(family_config("qwen3_moe"), num_hidden_layers=8)
+    for step, named, layers in ((1, (), range(8)), (2, (), (1, 3, 5, 7)), (2, (3, 4), (1, 5, 7)), (3, (), (2, 5))):
+        changed = dataclasses.replace(config, decoder_sparse_step=step, mlp_only_layers=named)
+        assert [layer for layer in range(8) if changed.is_moe(layer)] == list(layers)
 
 
 def test_every_problem_is_listed() -> None:

@@ -29,7 +29,7 @@ def engine_copy(dtype: torch.dtype, chunk_size: int) -> Policy:
 
 def poisoned_pools(policy: Policy, slots: int, blocks: int) -> CachePools:
     """Pools as earlier sequences leave them."""
-    pools = CachePools(policy.config, slots, blocks)
+    pools = CachePools(policy.config, slots, blocks, policy.dtype, policy.device)
     for layer in (*pools.linear.values(), *pools.softmax.values()):
         for pool in layer:
             pool.normal_(0.0, 1000.0)
@@ -115,10 +115,13 @@ def test_group_shares_its_prompt(prompt: int, dtype: torch.dtype) -> None:
 
 
 def test_pool_sizes() -> None:
+    """On a CPU keys and values are kept in FP32; BF16, as on a GPU, halves them."""
     config = make_config()
-    pools = CachePools(config, slots=3, blocks=5)
-    assert 3 * CachePools.bytes_per_slot(config) == sum(p.nbytes for layer in pools.linear.values() for p in layer)
-    assert 5 * CachePools.bytes_per_block(config) == sum(p.nbytes for layer in pools.softmax.values() for p in layer)
+    pools = CachePools(config, 3, 5, torch.bfloat16, torch.device("cpu"))
+    slot, block = CachePools.bytes_per_slot(config, torch.float32), CachePools.bytes_per_block(config, torch.float32)
+    assert 3 * slot == sum(pool.nbytes for layer in pools.linear.values() for pool in layer)
+    assert 5 * block == sum(pool.nbytes for layer in pools.softmax.values() for pool in layer)
+    assert 2 * CachePools.bytes_per_block(config, torch.bfloat16) == block
     assert (sorted(pools.linear), sorted(pools.softmax)) == ([0, 2], [1, 3, 4])
 
 

@@ -1,6 +1,8 @@
-"""A small policy with every kind of layer and every parameter away from its neutral value, for the whole folder."""
+"""A small policy with every kind of layer and every parameter away from its neutral value, for the whole folder, and
+small policies of the other families."""
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -8,6 +10,43 @@ from policy.config import PolicyConfig
 from policy.transformer import Policy
 
 VOCAB = 50
+_DENSE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.3,
+    "eos_token_id": 49,
+}
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
+# The fields stand for the original 32 positions, so that all three branches of the scaling occur.
+_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+# config.json of the families that transformers has classes for, by what is special about them.
+FIELDS: dict[str, dict[str, Any]] = {
+    "qwen3": _DENSE | {"model_type": "qwen3"},
+    "qwen3_tied": _DENSE | {"model_type": "qwen3", "tie_word_embeddings": True, "rms_norm_eps": 1e-5},
+    "qwen3_moe": _DENSE | _EXPERTS | {"model_type": "qwen3_moe", "norm_topk_prob": True},
+    "qwen3_moe_mixed": _DENSE
+    | _EXPERTS
+    | {"model_type": "qwen3_moe", "norm_topk_prob": False, "num_hidden_layers": 4, "mlp_only_layers": [1]}
+    | {"decoder_sparse_step": 2},
+    "llama": _DENSE | {"model_type": "llama", "rope_theta": 500000.0},
+    "llama_scaled": _DENSE | {"model_type": "llama", "tie_word_embeddings": True, "rope_scaling": _SCALING},
+    "llama_all_heads": {
+        name: value for name, value in _DENSE.items() if name not in ("head_dim", "num_key_value_heads")
+    }
+    | {"model_type": "llama", "eos_token_id": [49, 48]},
+}
 
 
 def make_config(chunk_size: int = 16, decay_layer_index: str = "engine") -> PolicyConfig:
@@ -36,6 +75,10 @@ def make_config(chunk_size: int = 16, decay_layer_index: str = "engine") -> Poli
         chunk_size=chunk_size,
         decay_layer_index=decay_layer_index,
     )
+
+
+def family_config(name: str) -> PolicyConfig:
+    return PolicyConfig.from_hf(FIELDS[name] | {"lockstep": {"chunk_size": 16}})
 
 
 def make_policy(config: PolicyConfig, dtype: torch.dtype) -> Policy:

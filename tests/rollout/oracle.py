@@ -11,11 +11,11 @@ from rollout.request import Completion, Request
 @torch.no_grad()
 def complete(policy: Policy, request: Request, sample: int) -> Completion:
     """What the engine must answer for one sample of a request; policy: the trainer's, with FP32 masters."""
-    temperature, eos = request.sampling.temperature, policy.config.eos_token_id
+    temperature, stops = request.sampling.temperature, policy.config.stop_token_ids
     ids: list[int] = request.prompt_ids.tolist()
     log_probs: list[float] = []
     rows: list[np.ndarray] = []
-    while len(log_probs) < request.sampling.max_new_tokens and not (log_probs and ids[-1] == eos):
+    while len(log_probs) < request.sampling.max_new_tokens and not (log_probs and ids[-1] in stops):
         layout = ops.ChunkLayout.build([len(ids)], policy.config.chunk_size)
         hidden = policy(torch.tensor(ids), layout)[-1:]
         token, log_prob = _draw(policy, hidden, request, sample, position=len(ids))
@@ -28,7 +28,7 @@ def complete(policy: Policy, request: Request, sample: int) -> Completion:
         token_ids=np.array(ids[len(request.prompt_ids) :]),
         log_probs=np.array(log_probs, dtype=np.float32),
         policy_versions=np.zeros(len(log_probs), dtype=np.int64),
-        finish_reason="stop" if ids[-1] == eos else "length",
+        finish_reason="stop" if ids[-1] in stops else "length",
         full_log_probs=np.stack(rows),
     )
 
@@ -37,10 +37,12 @@ def _draw(policy: Policy, hidden: torch.Tensor, request: Request, sample: int, p
     address = np.array([[position], [sample], [request.prompt], [request.step]], dtype=np.uint32)
     tokens, log_probs, _ = ops.sample(
         hidden,
-        policy.lm_head.to(policy.dtype),
+        policy.lm_head,
         torch.tensor([request.sampling.temperature]),
         torch.tensor([request.sampling.top_p]),
         torch.tensor([request.sampling.top_k]),
+        torch.zeros(1),
         ops.addressed_uniform(request.seed, address),
+        policy.dtype,
     )
     return int(tokens), float(log_probs)

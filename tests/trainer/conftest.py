@@ -37,6 +37,9 @@ class TinyPolicy(nn.Module):
         entropy = -(full.exp() * full).sum(-1).detach()
         return full.gather(1, targets[:, None]).squeeze(1), entropy
 
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, row_weights: Tensor) -> Tensor:
+        return -(row_weights * self.log_probs(hidden, targets, 1.0)[0]).sum()
+
     def full_log_probs(self, hidden: Tensor, temperature: float) -> Tensor:
         return (self.lm_head(hidden) / temperature).log_softmax(-1)
 

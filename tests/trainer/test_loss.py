@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.loss import LossSums, policy_loss, supervised_loss
+from trainer.loss import LossSums, policy_loss
 
 # Ratios 1, 1.5, 0.5, 1.5, 0.5 under the clip range [0.8, 1.25].
 RATIOS = [1.0, 1.5, 0.5, 1.5, 0.5]
@@ -51,14 +51,6 @@ def test_equal_log_probs_give_a_ratio_of_exactly_one() -> None:
 def test_pooling_does_not_lose_a_nan() -> None:
     assert math.isnan((LossSums(ratio_max=2.0) + LossSums(ratio_max=math.nan)).ratio_max)
     assert math.isnan((LossSums(ratio_max=math.nan) + LossSums(ratio_max=2.0)).ratio_max)
-
-
-def test_supervised_loss_by_hand() -> None:
-    log_probs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
-    loss = supervised_loss(log_probs, 7)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.5)
-    assert torch.equal(log_probs.grad, torch.full((3,), -1 / 7))
 
 
 @given(seed=st.integers(0, 2**31), cuts=st.sets(st.integers(1, 39), max_size=6))

@@ -20,6 +20,11 @@ def adversarial(order_seed: int = 1) -> AbstractContextManager[None]:
     return nullcontext() if ON_GPU else interpreter.adversarial(order_seed)
 
 
+def reachable(*tensors: Tensor) -> AbstractContextManager[None]:
+    """Kernels that are launched inside find these through a table of addresses."""
+    return nullcontext() if ON_GPU else interpreter.allow(*tensors)
+
+
 def poison(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory full of NaN: a kernel that reads what it must not shows it."""
     return torch.full(shape, float("nan"), device=DEVICE).to(dtype)
