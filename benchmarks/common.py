@@ -1,24 +1,17 @@
 """What the benchmarks share: timings in turn, the shapes measured, and a result file that says where it is from."""
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
+from benchmarks.record import RESULTS, ROOT, origin
 from policy.config import PolicyConfig
 from rl.config import load_recipe
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 LIBRARIES = ("torch", "transformers", "numpy")
 
@@ -69,44 +62,15 @@ def rates(amount: float, seconds: list[float]) -> dict[str, Any]:
 def arguments(description: str | None) -> argparse.Namespace:
     """out: the folder of the result file; quick."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the result file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it works; the numbers mean nothing")
     return parser.parse_args()
 
 
 def write_result(args: argparse.Namespace, name: str, result: Mapping[str, Any]) -> Path:
     """Writes NAME.json: the result under the date, commit, device and versions it was measured with."""
-    record = {
-        "benchmark": name,
-        "quick": args.quick,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "device": {"cpu": _cpu_model(), "threads": torch.get_num_threads(), "platform": platform.platform()},
-        "versions": {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
-        **result,
-    }
+    record = {**origin(name, LIBRARIES), "quick": args.quick, **result}
     args.out.mkdir(parents=True, exist_ok=True)
     path: Path = args.out / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
-
-
-def _commit() -> str:
-    """The checked-out commit, with -dirty when the files differ from it; "none" before the first."""
-    head = _output("git", "rev-parse", "--verify", "--quiet", "HEAD") or "none"
-    return head + ("-dirty" if _output("git", "status", "--porcelain") else "")
-
-
-def _cpu_model() -> str:
-    lines = [line.partition(":") for line in _output("lscpu").splitlines()]
-    facts = {key.strip(): value.strip() for key, _, value in lines}
-    return f"{facts.get('Model name', platform.machine())}, {facts.get('CPU(s)', '?')} cores"
-
-
-def _output(*command: str) -> str:
-    """Standard output; empty when the command fails or does not exist."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        return ""

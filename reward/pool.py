@@ -2,102 +2,53 @@
 
 The parent needs no signal handler and no main thread, so a pool works inside a Ray actor. Workers are started with
 subprocess and not multiprocessing, which would import the caller's script again in each child.
+
+What is in flight is bounded: each worker holds one item, everything else stays in the caller's list, and a caller
+waits until its own list is done.
 """
 
 import json
-import os
-import subprocess
-import sys
+import select
 import threading
 import time
 from collections import deque
-from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from reward.config import RewardConfig
 from reward.extract import extract_answer
-from reward.result import Reason, RewardResult
+from reward.process import STARTUP_SECONDS, Worker
+from reward.protocol import Garbled, Reply
+from reward.result import CallResult, Method, Reason, RewardResult
+from reward.tidy import tidy
 from reward.verify import verify_fast
 
-# Importing sympy takes a quarter of a second when the machine is idle; the time limit of an answer excludes it.
-STARTUP_SECONDS = 120.0
+VERIFY = "verify"
 
 
-class _Worker:
-    """A worker process, the pipe to it, and the index of the one item it holds. It is born importing, not idle."""
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one item, and how long it took."""
 
-    def __init__(self, config: RewardConfig) -> None:
-        self.connection, child = Pipe()
-        self.process = _spawn(child, config)
-        child.close()
-        self.timeout_seconds = config.timeout_seconds
-        self.ready = False
-        self.item: int | None = None
-        self.start_clock(STARTUP_SECONDS)
-
-    @property
-    def idle(self) -> bool:
-        return self.ready and self.item is None
-
-    @property
-    def dead(self) -> bool:
-        return self.process.poll() is not None
-
-    @property
-    def milliseconds(self) -> float:
-        return (time.monotonic() - self.started) * 1000
-
-    def start_clock(self, seconds: float) -> None:
-        self.started = time.monotonic()
-        self.deadline = self.started + seconds
-
-    def submit(self, item: int, extracted: str, gold: str) -> None:
-        self.item = item
-        self.start_clock(self.timeout_seconds)
-        with suppress(OSError):  # a worker that has just died is noticed when its answer is read
-            self.connection.send_bytes(json.dumps([extracted, gold]).encode())
-
-    def receive(self) -> bytes | None:
-        """The message that is waiting; None if the worker died instead of sending one."""
-        try:
-            return self.connection.recv_bytes()
-        except (EOFError, OSError):
-            return None
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-
-
-def _spawn(child: Connection, config: RewardConfig) -> subprocess.Popen[bytes]:
-    package_root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    arguments = [str(child.fileno()), str(config.timeout_seconds), str(config.memory_mb)]
-    # A fixed hash seed fixes the order in which sympy walks its sets, and with it the verdicts.
-    return subprocess.Popen(
-        [sys.executable, "-P", "-m", "reward.worker", *arguments],
-        env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": "0"},
-        pass_fds=[child.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    reply: Reply
+    milliseconds: float
 
 
 class RewardPool:
-    """Verifies completions against gold answers. Workers start at the first symbolic answer and stay for the next.
+    """Verifies completions, and runs users' functions. Workers start at the first item that needs one and stay.
 
-    Use it as a context manager or call `close`. Safe to call from any thread; symbolic calls run one after another.
+    Use it as a context manager or call `close`. Safe to call from any thread; calls that need workers run one after
+    another.
     """
 
     def __init__(self, config: RewardConfig) -> None:
         self._config = config
-        self._workers: list[_Worker] = []
+        self._teams: dict[str, list[Worker]] = {}
         self._lock = threading.Lock()
 
-    def score(self, items: list[tuple[str, str]]) -> list[RewardResult]:
+    def score(self, items: Sequence[tuple[str, str]]) -> list[RewardResult]:
         """Score (completion, gold) pairs; results in the order of `items`.
 
         An answer that exceeds the limits costs its own item only; check `RewardResult.is_failure` before using a
@@ -105,20 +56,36 @@ class RewardPool:
         """
         marker = self._config.answer_marker
         fast = [verify_fast(completion, gold, marker) for completion, gold in items]
-        pairs: dict[int, tuple[str, str]] = {}
-        for item, (completion, gold) in enumerate(items):
-            if fast[item] is None:
-                extracted = extract_answer(completion, marker)
-                assert extracted is not None, "verify_fast decides every completion without an answer"
-                pairs[item] = extracted, gold
-        symbolic = self._score_symbolic(pairs)
+        open_items = [item for item, result in enumerate(fast) if result is None]
+        pairs = [(_extracted(items[item][0], marker), items[item][1]) for item in open_items]
+        outcomes = self._run(VERIFY, [{"extracted": extracted, "gold": gold} for extracted, gold in pairs])
+        symbolic = {
+            item: _result(extracted, gold, outcome)
+            for item, (extracted, gold), outcome in zip(open_items, pairs, outcomes, strict=True)
+        }
         return [symbolic[item] if result is None else result for item, result in enumerate(fast)]
 
+    def call(self, function: str, items: Sequence[Mapping[str, Any]]) -> list[CallResult]:
+        """Call a user's function with each item as keyword arguments; results in the order of `items`.
+
+        function: `path/to/file.py:name` or `package.module:name`. Its workers load it once and run under the limits of
+            a verification; apart from those it may do what it likes.
+        items: mappings that JSON can hold.
+
+        A call that raises, returns no finite number, exceeds the limits or dies has no value and says why.
+        Raises ValueError if the function cannot be loaded, RuntimeError if a worker cannot start.
+        """
+        outcomes = self._run(f"call:{function}", items)
+        return [
+            CallResult(reply.value, reply.reason, reply.message, milliseconds)
+            for reply, milliseconds in ((outcome.reply, outcome.milliseconds) for outcome in outcomes)
+        ]
+
     def close(self) -> None:
-        """Kill the workers. A later `score` starts new ones."""
+        """Kill the workers. A later `score` or `call` starts new ones."""
         with self._lock:
-            while self._workers:
-                self._workers.pop().kill()
+            for team in self._teams.values():
+                _discard(team, list(team))
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -128,74 +95,116 @@ class RewardPool:
     ) -> None:
         self.close()
 
-    def _score_symbolic(self, pairs: dict[int, tuple[str, str]]) -> dict[int, RewardResult]:
+    def _run(self, task: str, items: Sequence[Mapping[str, Any]]) -> list[_Outcome]:
         with self._lock:
-            queue, results = deque(pairs), dict[int, RewardResult]()
+            team = self._teams.setdefault(task, [])
+            queue, outcomes = deque(range(len(items))), dict[int, _Outcome]()
             try:
-                while len(results) < len(pairs):
-                    self._staff(len(pairs) - len(results))
-                    self._hand_out(queue, pairs)
-                    for worker, reason in self._collect():
-                        assert worker.item is not None
-                        results[worker.item] = RewardResult.of(reason, pairs[worker.item][0], worker.milliseconds)
-                        worker.item = None
+                while len(outcomes) < len(items):
+                    self._staff(team, task, len(items) - len(outcomes))
+                    _hand_out(team, queue, items)
+                    outcomes |= _collect(team)
             finally:  # an interrupted call must not leave answers for the next one to read
-                self._discard([worker for worker in self._workers if worker.item is not None])
-            return results
+                _discard(team, [worker for worker in team if not worker.idle])
+            return [outcomes[item] for item in range(len(items))]
 
-    def _staff(self, open_items: int) -> None:
-        self._discard([worker for worker in self._workers if worker.idle and worker.dead])
-        while len(self._workers) < min(self._config.workers, open_items):
-            self._workers.append(_Worker(self._config))
+    def _staff(self, team: list[Worker], task: str, open_items: int) -> None:
+        _discard(team, [worker for worker in team if worker.idle and not worker.sound])
+        while len(team) < min(self._config.workers, open_items):
+            team.append(Worker(task, self._config))
 
-    def _hand_out(self, queue: deque[int], pairs: dict[int, tuple[str, str]]) -> None:
-        for worker in self._workers:
-            if queue and worker.idle:
-                item = queue.popleft()
-                worker.submit(item, *pairs[item])
 
-    def _collect(self) -> list[tuple[_Worker, Reason]]:
-        """Wait for a message or a deadline; return the workers whose item is decided. Those that failed are gone."""
-        waiting = {worker.connection: worker for worker in self._workers if not worker.idle}
-        patience = min(worker.deadline for worker in waiting.values()) - time.monotonic()
-        spoken = wait(list(waiting), max(patience, 0.0))
-        decided = []
-        for connection, worker in waiting.items():
-            reason = self._hear(worker) if connection in spoken else self._check_deadline(worker)
-            if reason is not None:
-                decided.append((worker, reason))
-        return decided
+def _extracted(completion: str, marker: str) -> str:
+    extracted = extract_answer(completion, marker)
+    assert extracted is not None, "verify_fast decides every completion without an answer"
+    return extracted
 
-    def _hear(self, worker: _Worker) -> Reason | None:
-        message = worker.receive()
-        if message is None:
-            self._require_started(worker)
-            self._discard([worker])
-            return Reason.WORKER_DIED
-        if not worker.ready:
-            worker.ready = True
-            return None
-        reason, exhausted = json.loads(message)
-        if exhausted:
-            self._discard([worker])
-        return Reason(reason)
 
-    def _check_deadline(self, worker: _Worker) -> Reason | None:
-        if time.monotonic() < worker.deadline:
-            return None
-        self._require_started(worker)
-        self._discard([worker])
-        return Reason.TIMEOUT
+def _result(extracted: str, gold: str, outcome: _Outcome) -> RewardResult:
+    reply = outcome.reply
+    return RewardResult.of(reply.reason, extracted, outcome.milliseconds, tidy(gold), Method.SYMBOLIC, reply.message)
 
-    def _require_started(self, worker: _Worker) -> None:
-        if not worker.ready:
-            self._discard([worker])
-            raise RuntimeError(
-                f"a reward worker did not start (exit status {worker.process.returncode}); it must import math_verify "
-                f"within {STARTUP_SECONDS:.0f} s: see its traceback on stderr, or run `python -m reward.worker`"
-            )
 
-    def _discard(self, workers: list[_Worker]) -> None:
-        for worker in workers:
-            self._workers.remove(worker)
-            worker.kill()
+def _hand_out(team: list[Worker], queue: deque[int], items: Sequence[Mapping[str, Any]]) -> None:
+    for worker in team:
+        if queue and worker.idle:
+            item = queue.popleft()
+            worker.submit(item, json.dumps(items[item]).encode())
+
+
+def _collect(team: list[Worker]) -> dict[int, _Outcome]:
+    """Wait for a worker to speak or a deadline; return what is decided, by item. Workers that failed are gone."""
+    busy = [worker for worker in team if not worker.idle]
+    readable = _wait(busy)
+    outcomes = {}
+    for worker in busy:
+        if worker.has_unsent:
+            worker.send()
+        item, outcome = worker.item, _progress(team, worker, worker.fileno() in readable)
+        if outcome is not None:
+            assert item is not None
+            outcomes[item] = outcome
+            worker.item = None
+    return outcomes
+
+
+def _wait(busy: Sequence[Worker]) -> set[int]:
+    """The descriptors that can be read. Returns at the first deadline, and when a worker takes more of its item."""
+    poll = select.poll()
+    for worker in busy:
+        poll.register(worker, select.POLLIN | (select.POLLOUT if worker.has_unsent else 0))
+    patience = min(worker.deadline for worker in busy) - time.monotonic()
+    return {fd for fd, event in poll.poll(max(patience, 0.0) * 1000) if event != select.POLLOUT}
+
+
+def _progress(team: list[Worker], worker: Worker, readable: bool) -> _Outcome | None:
+    """What became of the worker's item, None while that is open."""
+    milliseconds = worker.milliseconds
+    reply = _hear(team, worker) if readable else None
+    if reply is None and time.monotonic() >= worker.deadline:
+        _discard(team, [worker])
+        _require_started(worker, f"nothing heard for {STARTUP_SECONDS:.0f} s")
+        reply = Reply(Reason.TIMEOUT, f"no answer within {worker.timeout_seconds:g} s")
+    if reply is None:
+        return None
+    if not worker.ready:
+        _welcome(team, worker, reply)
+        return None
+    if reply.retire:
+        _discard(team, [worker])
+    return _Outcome(reply, milliseconds)
+
+
+def _hear(team: list[Worker], worker: Worker) -> Reply | None:
+    """The worker's reply, or one in its name if it died or sent none; None while it is incomplete."""
+    try:
+        return worker.receive()
+    except EOFError:
+        message = f"the worker died with exit status {worker.end()}"
+        _discard(team, [worker])
+    except Garbled as error:
+        _discard(team, [worker])
+        message = f"the worker sent {error}"
+    _require_started(worker, message)
+    return Reply(Reason.WORKER_DIED, message)
+
+
+def _welcome(team: list[Worker], worker: Worker, reply: Reply) -> None:
+    if reply.reason is not Reason.OK:
+        _discard(team, [worker])
+        raise ValueError(reply.message)
+    worker.ready = True
+
+
+def _require_started(worker: Worker, what_happened: str) -> None:
+    if not worker.ready:
+        raise RuntimeError(
+            f"a reward worker did not start ({what_happened}); it must import math_verify, or the user's function, "
+            f"within {STARTUP_SECONDS:.0f} s: see its traceback on stderr, or run `python -m reward.worker`"
+        )
+
+
+def _discard(team: list[Worker], workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        team.remove(worker)
+        worker.kill()

@@ -1,64 +1,105 @@
-"""Compares an answer with the gold one: integers exactly, in microseconds; everything else with math-verify.
+r"""Compares an answer with the gold one without symbolic algebra, in microseconds, wherever the gold answer allows it.
 
-`verify_symbolic` may run for ever or eat all memory on a hostile answer, so only `reward.worker` calls it in a run.
+The gold answer chooses how:
+
+- identical text: right, whatever it says.
+- integer, number: exact arithmetic. The answer must be a number too, written out: with the gold answer 120, neither
+  `5!` nor `\sum_{k=1}^{15} k` earns anything, or a policy would learn to repeat the question. So no completion can
+  reach the symbolic verifier on a data set of integers, AIME's for one.
+- choice: a letter from A to J, of which `(C)`, `\text{C}`, `C.` and `C) 12` are spellings.
+- text: words, compared without regard to case and setting.
+
+Anything else is left to `reward.symbolic`, in a process that can be killed.
 """
 
 import re
 import time
+from itertools import accumulate
 
 from reward.extract import extract_answer
-from reward.result import Reason, RewardResult
+from reward.number import Number, parse_number, same_number
+from reward.result import Method, Reason, RewardResult
+from reward.tidy import is_clean, tidy
 
-# Beyond this no answer is one; parsing it would only burn the time limit.
+# Beyond these no answer is one, unless the gold one is as large; parsing it would only burn the time limit. The
+# grammar takes seconds for thirty brackets in each other.
 MAX_ANSWER_CHARS = 4096
+MAX_SYMBOLIC_CHARS = 512
+MAX_DEPTH = 16
 
 # Commas as `1,234` or, in LaTeX, `1{,}234`, `1,\!234`, `1\,234`. ASCII digits only.
-_INTEGER = re.compile(r"([+-]?)([0-9]++|[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})++)\.?")
-_NUMBERS_SIDE_BY_SIDE = re.compile(r"[0-9](?:\s|\\[,;:! ])+[0-9]")
-_MATH_DELIMITER = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
+_INTEGER = re.compile(r"([+-]?)([0-9]++|[1-9][0-9]{0,2}(?:(?:,(?:\\!)?|\{,\}|\\,)[0-9]{3})++)\.?")
+_CHOICE = re.compile(r"\(?([A-J])[).]?")
+_CHOSEN = re.compile(r"(?:(?:option|choice|answer):? ?)?(?:\(([A-J])\)(.*)|([A-J])(?:[).:](.*))?)", re.IGNORECASE)
+_SECOND_CHOICE = re.compile(r"\([A-J]\)|(?:\b(?:or|and)\b|[,/&]) ?\(?[A-J]\b")
+# A gold answer that is an equation, not the value of x, f(x) or m + n.
+_EQUATION = re.compile(r"[0-9^].*=")
+_IN_TEXT = re.compile(r"\\text\{([^{}]*)\}")
+_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
+_ARTICLE = re.compile(r"^(?:the|an?) ")
 
-# What sympy and the LaTeX parser are known to raise on odd input. MemoryError is not here: it must end the worker.
-_VERIFIER_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-    NotImplementedError,
+# Operations that an answer may only name if the gold one does: always, and where there is no variable in it.
+_UNDONE = re.compile(
+    r"\\(?:i*int|oint|sum|prod|lim)(?![A-Za-z])|\\frac\{(?:d|\\partial)[^{}]*\}\{(?:d|\\partial) ?\\?[a-z]"
 )
+_UNDONE_ON_NUMBERS = [
+    re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?(?![A-Za-z])"),
+    re.compile(r"\\(?:log|ln|lg|exp)(?![A-Za-z])"),
+    re.compile(r"!|\\[dt]?binom(?![A-Za-z])"),
+    re.compile(r"\\(?:max|min|gcd|lcm|det|[bp]?mod|lfloor|lceil|operatorname)(?![A-Za-z])"),
+]
+_NO_VARIABLE = re.compile(
+    r"\\(?:text|operatorname)\{[^{}]*\}|\\(?!(?:alpha|beta|gamma|theta|phi|lambda|omega)(?![A-Za-z]))[A-Za-z]+|[eEi]"
+)
+_LETTER = re.compile(r"[A-Za-z]")
+
+_Verdict = tuple[Reason, Method, str]
 
 
 def verify_fast(completion: str, gold: str, marker: str) -> RewardResult | None:
-    """Decide without symbolic algebra, or return None if that is what it takes.
-
-    Decided here: an empty gold, no answer, an answer that is too long, and any pair of integers of whatever length.
-    """
+    """Decide without symbolic algebra, or return None if that is what it takes."""
     start = time.perf_counter()
     extracted = extract_answer(completion, marker)
-    reason = _reason_fast(extracted, gold)
-    return RewardResult.of(reason, extracted, _milliseconds_since(start)) if reason else None
+    verdict = _verdict(extracted, gold)
+    if verdict is None:
+        return None
+    reason, method, gold_form = verdict
+    milliseconds = (time.perf_counter() - start) * 1000
+    return RewardResult.of(reason, extracted, milliseconds, gold_form, method)
 
 
-def verify_symbolic(extracted: str, gold: str) -> RewardResult:
-    """Compare two LaTeX or plain expressions with math-verify. No time or memory limit: the process sets them."""
-    start = time.perf_counter()
-    return RewardResult.of(_reason_symbolic(extracted, gold), extracted, _milliseconds_since(start))
-
-
-def _milliseconds_since(start: float) -> float:
-    return (time.perf_counter() - start) * 1000
-
-
-def _reason_fast(extracted: str | None, gold: str) -> Reason | None:
+def _verdict(extracted: str | None, gold: str) -> _Verdict | None:
     if not gold.strip():
-        return Reason.BAD_GOLD
+        return Reason.BAD_GOLD, Method.NONE, gold
     if extracted is None:
-        return Reason.NO_ANSWER
+        return Reason.NO_ANSWER, Method.NONE, gold
     gold_integer, integer = _canonical_integer(gold), _canonical_integer(extracted)
     if gold_integer is not None and integer is not None:
-        return Reason.CORRECT_INTEGER if integer == gold_integer else Reason.WRONG_INTEGER
-    return Reason.UNPARSABLE_ANSWER if len(extracted) > MAX_ANSWER_CHARS else None
+        return _right_if(integer == gold_integer), Method.INTEGER, gold_integer
+    if len(extracted) > MAX_ANSWER_CHARS:
+        return Reason.UNPARSABLE_ANSWER, Method.NONE, gold
+    return _verdict_on_text(tidy(extracted), tidy(gold), is_clean(extracted))
+
+
+def _verdict_on_text(answer: str, gold: str, clean: bool) -> _Verdict | None:
+    """answer, gold: tidy. clean: no character of the answer hides or looks like another."""
+    if answer == gold:
+        return Reason.CORRECT, Method.IDENTICAL, gold
+    if not clean or not answer:
+        return Reason.UNPARSABLE_ANSWER, Method.NONE, gold
+    if choice := _CHOICE.fullmatch(_IN_TEXT.sub(r"\1", gold)):
+        return _right_if(_chosen(answer) == choice[1]), Method.CHOICE, choice[1]
+    if (number := parse_number(gold)) is not None and not _EQUATION.search(gold):
+        return _reason_number(answer, number), Method.NUMBER, str(number)
+    if _is_text(gold):
+        return _right_if(_words(answer) == _words(gold)), Method.TEXT, _words(gold)
+    if len(answer) > max(MAX_SYMBOLIC_CHARS, 2 * len(gold)) or _depth(answer) > max(MAX_DEPTH, _depth(gold)):
+        return Reason.UNPARSABLE_ANSWER, Method.NONE, gold
+    return (Reason.WRONG_FORM, Method.SYMBOLIC, gold) if _leaves_work(answer, gold) else None
+
+
+def _right_if(right: bool) -> Reason:
+    return Reason.CORRECT if right else Reason.WRONG
 
 
 def _canonical_integer(text: str) -> str | None:
@@ -70,38 +111,40 @@ def _canonical_integer(text: str) -> str | None:
     return "-" + digits if match[1] == "-" and digits != "0" else digits
 
 
-def _reason_symbolic(extracted: str, gold: str) -> Reason:
-    from math_verify import verify  # here, so that a run of integers never pays for importing sympy
-
-    try:
-        gold_parsed = _parse(gold)
-        if not gold_parsed:
-            return Reason.BAD_GOLD
-        answer_parsed = _parse(extracted)
-        if not answer_parsed:
-            return Reason.UNPARSABLE_ANSWER
-        # 0 disables math-verify's own limit, which needs SIGALRM and the main thread.
-        equal = verify(gold_parsed, answer_parsed, timeout_seconds=0, raise_on_error=True)
-    except _VERIFIER_ERRORS:
-        return Reason.VERIFIER_ERROR
-    return Reason.CORRECT_SYMBOLIC if equal else Reason.WRONG_SYMBOLIC
+def _reason_number(answer: str, gold: Number) -> Reason:
+    number = parse_number(answer)
+    if number is None:
+        return Reason.WRONG_FORM
+    if not same_number(number, gold):
+        return Reason.WRONG
+    return Reason.WRONG_FORM if number.undone and not gold.undone else Reason.CORRECT
 
 
-def _parse(text: str) -> list[object]:
-    """Parse the whole text as one expression, or return []: no picking of a likely number out of prose."""
-    from math_verify import LatexExtractionConfig, parse
+def _chosen(answer: str) -> str | None:
+    """The one letter that the answer names, upper case."""
+    match = _CHOSEN.fullmatch(_IN_TEXT.sub(r"\1", answer))
+    if match is None or _SECOND_CHOICE.search(match[2] or match[4] or ""):
+        return None
+    return str(match[1] or match[3]).upper()
 
-    # The LaTeX grammar reads `5 6` as 5 + 6, like a mixed number.
-    if _NUMBERS_SIDE_BY_SIDE.search(text):
-        return []
-    content = _MATH_DELIMITER.sub("", text).strip().removesuffix(".")
-    config = LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)
-    parsed: list[object] = parse(
-        f"\\boxed{{{content}}}",
-        [config],
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=0,
-        raise_on_error=True,
-    )
-    return parsed
+
+def _is_text(gold: str) -> bool:
+    """All of it inside \\text{}, or a bare phrase with a word of four letters: xy and abc may be products."""
+    bare = _WORDS.fullmatch(gold)
+    return bool(_IN_TEXT.fullmatch(gold)) or (bare is not None and max(map(len, gold.split())) >= 4)
+
+
+def _words(text: str) -> str:
+    in_text = _IN_TEXT.fullmatch(text)
+    return _ARTICLE.sub("", (in_text[1] if in_text else text).strip(" .").lower())
+
+
+def _depth(text: str) -> int:
+    """How many brackets stand in each other."""
+    return max(accumulate((character in "{[(") - (character in "}])") for character in text), default=0)
+
+
+def _leaves_work(answer: str, gold: str) -> bool:
+    """Whether the answer names an operation that the gold one has carried out: an integral, or the sine of a number."""
+    operations = [_UNDONE] if _LETTER.search(_NO_VARIABLE.sub("", answer)) else [_UNDONE, *_UNDONE_ON_NUMBERS]
+    return any(operation.search(answer) and not operation.search(gold) for operation in operations)

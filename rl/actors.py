@@ -1,20 +1,26 @@
 """What runs in processes of its own: engine, trainer and reward pool, wrapped as Ray actors. No logic lives here."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from policy.checkpoint import load_policy, save_policy, tensor_digest, weights_digest
+import ops
+from policy.checkpoint import save_policy
 from policy.config import PolicyConfig
+from policy.lora import merged
 from policy.names import export_tensors
 from policy.transformer import Policy
+from reward.composite import CompositeReward, Reward, RewardInput
 from reward.config import RewardConfig
 from reward.pool import RewardPool
 from reward.result import RewardResult
-from rl.weight_sync import WeightPackage, pack_weights, unpack_weights
+from rl.config import Recipe
+from rl.starting_policy import starting_policy
+from rl.weight_sync import WeightPackage, pack_weights, policy_digest, unpack_weights
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.request import Completion, Request
@@ -26,9 +32,18 @@ from trainer.trainer import StepResult, Trainer
 
 
 class EngineActor:
-    def __init__(self, config: PolicyConfig, dtype: torch.dtype, rollout: RolloutConfig, threads: int) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        dtype: torch.dtype,
+        rollout: RolloutConfig,
+        threads: int,
+        device: str,
+        fast: Sequence[str],
+    ) -> None:
         torch.set_num_threads(threads)
-        self.engine = Engine(Policy(config, dtype).to_working_dtype(), rollout)
+        ops.use_fast(fast)
+        self.engine = Engine(Policy(config, dtype).to_working_dtype(torch.device(device)), rollout)
 
     def ready(self) -> dict[str, object]:
         return {**self.engine.describe(), "pid": os.getpid()}
@@ -43,9 +58,11 @@ class EngineActor:
 
 
 class TrainerActor:
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: str, fast: Sequence[str]) -> None:
         torch.set_num_threads(threads)
+        ops.use_fast(fast)
         torch.use_deterministic_algorithms(True)
+        self.device = torch.device(device)
         self.trainer: Trainer
 
     def ready(self) -> int:
@@ -58,18 +75,16 @@ class TrainerActor:
         policy = Policy(config, dtype)
         policy.initialize(seed)
         schedule = warmup_cosine(trainer.learning_rate, trainer.warmup_steps, total_steps)
-        self.trainer = Trainer(policy, trainer, temperature=1.0, schedule=schedule)
+        self.trainer = Trainer(policy.to(self.device), trainer, temperature=1.0, schedule=schedule)
         return policy.num_parameters()
 
     def supervised_step(self, demonstrations: list[tuple[np.ndarray, int]]) -> dict[str, float]:
         return self.trainer.supervised_step(demonstrations)
 
-    def start(
-        self, folder: Path, dtype: torch.dtype, chunk_size: int, trainer: TrainerConfig, temperature: float
-    ) -> PolicyConfig:
+    def start(self, folder: Path, recipe: Recipe) -> PolicyConfig:
         """The policy in a Hugging Face folder, to be trained by `compute` and `apply`."""
-        policy = load_policy(folder, dtype, chunk_size)
-        self.trainer = Trainer(policy, trainer, temperature)
+        policy = starting_policy(folder, recipe).to(self.device)
+        self.trainer = Trainer(policy, recipe.trainer, recipe.rollout.temperature)
         return policy.config
 
     def compute(self, samples: list[TrainSample]) -> StepResult:
@@ -82,10 +97,10 @@ class TrainerActor:
         return self.trainer.apply()
 
     def weights(self) -> WeightPackage:
-        return pack_weights(export_tensors(self.trainer.policy), self.trainer.policy_version)
+        return pack_weights(export_tensors(merged(self.trainer.policy)), self.trainer.policy_version)
 
-    def save_policy(self, folder: Path) -> str:
-        return save_policy(folder, self.trainer.policy)
+    def save_policy(self, folder: Path, source: Path | None) -> str:
+        return save_policy(folder, merged(self.trainer.policy), source=source)
 
     def save_checkpoint(self, path: Path, extra: dict[str, Any]) -> None:
         save_checkpoint(path, self.trainer, extra)
@@ -97,6 +112,7 @@ class TrainerActor:
 class RewardActor:
     def __init__(self, config: RewardConfig) -> None:
         self.pool = RewardPool(config)
+        self.composite = CompositeReward(config, self.pool)
 
     def ready(self) -> int:
         return os.getpid()
@@ -104,6 +120,5 @@ class RewardActor:
     def score(self, items: list[tuple[str, str]]) -> list[RewardResult]:
         return self.pool.score(items)
 
-
-def policy_digest(policy: Policy) -> str:
-    return weights_digest({name: tensor_digest(tensor) for name, tensor in export_tensors(policy).items()})
+    def rewards(self, inputs: list[RewardInput]) -> list[Reward]:
+        return self.composite.score(inputs)

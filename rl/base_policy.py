@@ -12,17 +12,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from policy.checkpoint import DTYPES
+from policy.checkpoint import DTYPES, read_config
 from policy.config import PolicyConfig
 from policy.tokenizer import load_tokenizer, train_tokenizer
 from rl.config import Recipe, WarmStartConfig, warm_start_digest
 from rl.problems import supervised_examples
-from rl.system import System
+from rl.prompts import encode_problem
+
+if TYPE_CHECKING:  # Ray comes with it, which commands without a run do not need
+    from rl.system import System
 
 TOKENIZER_EXAMPLES = 20_000
 DIGESTED_EXAMPLES = 200
@@ -45,7 +49,7 @@ def cache_folder(recipe: Recipe) -> Path:
     return root / "lockstep" / "base" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
-def base_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, system: System, console: Console) -> Path:
+def base_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, system: "System", console: Console) -> Path:
     """The Hugging Face folder of the base policy; makes it first, with the tokenizer given, where there is none."""
     if recipe.policy.path is not None:
         return Path(recipe.policy.path)
@@ -73,8 +77,25 @@ def base_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return train_tokenizer((data.prompt(prompt) + solution for prompt, solution in examples), recipe.policy.vocab_size)
 
 
+def planned_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> PolicyConfig:
+    """The policy of a recipe, read or to be made; without a tokenizer, as large as the recipe allows."""
+    source = recipe.policy
+    if source.path is not None:
+        return read_config(Path(source.path), source.chunk_size, source.decay_layer_index)
+    if tokenizer is not None:
+        return made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
+    assert source.vocab_size is not None
+    return made_config(recipe, source.vocab_size, 0)
+
+
+def base_folder(recipe: Recipe) -> Path:
+    """Where the base policy is, or will be once it is made."""
+    return Path(recipe.policy.path) if recipe.policy.path is not None else cache_folder(recipe)
+
+
 def made_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> PolicyConfig:
-    own = {"lockstep": {"chunk_size": recipe.policy.chunk_size}}
+    decay = {"decay_layer_index": recipe.policy.decay_layer_index} if recipe.policy.decay_layer_index else {}
+    own = {"lockstep": {"chunk_size": recipe.policy.chunk_size, **decay}}
     tokens = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
     return PolicyConfig.from_hf({**recipe.policy.config, **tokens, **own})
 
@@ -84,7 +105,7 @@ def _warm_start(
     warm_start: WarmStartConfig,
     config: PolicyConfig,
     tokenizer: PreTrainedTokenizerBase,
-    system: System,
+    system: "System",
     console: Console,
 ) -> None:
     trainer = recipe.trainer.model_copy(
@@ -115,7 +136,7 @@ def _batches(
     """Demonstrations (prompt and solution ids, prompt length): as many as fit a step's tokens, at least one."""
     data = recipe.data
     examples = supervised_examples(2**62, recipe.seed, data.difficulty, data.families, warm_start.slip_rate)
-    encoded = (_encode(data.prompt(prompt), solution, tokenizer) for prompt, solution in examples)
+    encoded = (_encode(encode_problem(problem, data, tokenizer), solution, tokenizer) for problem, solution in examples)
     batch: list[tuple[np.ndarray, int]] = []
     tokens = 0
     for demonstration in encoded:
@@ -126,9 +147,8 @@ def _batches(
         tokens += len(demonstration[0])
 
 
-def _encode(prompt: str, solution: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
-    prompt_ids, solution_ids = tokenizer([prompt, solution])["input_ids"]
-    ids = itertools.chain(prompt_ids, solution_ids, [tokenizer.eos_token_id])
+def _encode(prompt_ids: list[int], solution: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
+    ids = itertools.chain(prompt_ids, tokenizer(solution)["input_ids"], [tokenizer.eos_token_id])
     return np.fromiter(ids, dtype=np.int64), len(prompt_ids)
 
 

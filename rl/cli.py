@@ -1,4 +1,4 @@
-"""The `lockstep` command: train, report, doctor, data; `rl/cli_policy.py` adds eval, export and generate."""
+"""The `lockstep` command: train, report and doctor are here, the others in `rl/cli_*.py`."""
 
 import importlib.metadata
 import os
@@ -7,16 +7,22 @@ from typing import Annotated
 
 import typer
 
-from rl.cli_policy import eval_policy, export, generate_text
+from rl.cli_data import data_app
+from rl.cli_eval import compare_eval, eval_policy
+from rl.cli_plan import plan
+from rl.cli_policy import export, generate_text
+from rl.cli_reward import reward_app
 from rl.cli_support import clear_errors, console
 from rl.threads import THREAD_ENVIRONMENT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-data_app = typer.Typer(no_args_is_help=True, help="Make and check problem sets.")
 app.add_typer(data_app, name="data")
+app.add_typer(reward_app, name="reward")
 app.command("eval")(eval_policy)
+app.command("compare-eval")(compare_eval)
 app.command("export")(export)
 app.command("generate")(generate_text)
+app.command("plan")(plan)
 
 
 def _print_version(wanted: bool) -> None:
@@ -54,10 +60,11 @@ def train(
         from rl.run_folder import default_run_dir, newest_run_dir
 
         resolved = load_recipe(recipe, overrides or [])
-        from rl.train import plan, run_training
+        from rl.train import plan as training_plan
+        from rl.train import run_training
 
         if dry_run:
-            console.print(plan(resolved), highlight=False, markup=False, soft_wrap=True)
+            console.print(training_plan(resolved), highlight=False, markup=False, soft_wrap=True)
             return
         folder = run_dir or (newest_run_dir(resolved.name) if resume else default_run_dir(resolved.name))
         run_training(resolved, folder, resume, console)
@@ -87,36 +94,3 @@ def doctor(
         if json_file:
             json_file.write_text(doctor_json(checks))
         raise typer.Exit(exit_code(checks))
-
-
-@data_app.command("make")
-def data_make(
-    out: Annotated[Path, typer.Option(help="JSONL file to write.")],
-    count: Annotated[int, typer.Option(min=1)] = 100,
-    split: Annotated[str, typer.Option(help="train or eval; the two never share a problem.")] = "train",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    difficulty: Annotated[int, typer.Option(min=1, max=3)] = 1,
-) -> None:
-    """Writes AIME-style problems with answers and worked solutions."""
-    with clear_errors():
-        from rl.data import write_jsonl
-        from rl.problems import FAMILIES, generate
-
-        if split not in ("train", "eval"):
-            raise ValueError(f"--split {split}: must be train or eval")
-        problems = generate("train" if split == "train" else "eval", count, seed, difficulty, FAMILIES)
-        write_jsonl(problems, out)
-        console.print(f"{len(problems)} problems written to {out}", highlight=False, soft_wrap=True)
-
-
-@data_app.command("check")
-def data_check(
-    source: Annotated[str, typer.Argument(help="A .jsonl, .json or .parquet file, or a dataset name.")],
-) -> None:
-    """Lists what a run would make of a problem set, and every bad row; exits with 1 when there is one."""
-    with clear_errors():
-        from rl.data import check_report, load_rows
-
-        rows, bad = load_rows(source)
-        console.print(check_report(source, rows, bad), highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(1 if bad or not rows else 0)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from policy.lora_config import LoraConfig
 from reward.config import RewardConfig
 from rl.data_config import DataConfig
 from rl.recipe_errors import describe_problems
@@ -18,6 +19,8 @@ from trainer.config import TrainerConfig
 
 # Trainer fields that the supervised warm start does not read.
 _REINFORCEMENT_ONLY = {"learning_rate", "warmup_steps", "clip_ratio_low", "clip_ratio_high"}
+# The keys of ops.FAST_FORMS; a recipe is read without torch, which ops would load.
+FAST_OPERATORS = ("linear", "rms_norm", "softmax_attention", "lightning_attention")
 
 
 class _Section(BaseModel):
@@ -34,11 +37,19 @@ class PolicySource(_Section):
     vocab_size: int | None = Field(
         None, ge=64, description="Tokens in the tokenizer that is made for a new policy; null when path is given."
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where trainer and engines compute; auto takes a GPU where there is one."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Type of matrix operands; auto asks the device."
     )
     chunk_size: int = Field(
         16, ge=16, description="Tokens in a chunk of linear attention, a power of two; part of the policy's numerics."
+    )
+    decay_layer_index: Literal["engine", "hf"] | None = Field(
+        None,
+        description="How lightning layers are counted for their decay (Ring-linear; `lockstep eval --compare-decay` "
+        "tells which fits a policy); null takes what its config.json says, engine where it says nothing.",
     )
 
     @field_validator("chunk_size")
@@ -69,6 +80,17 @@ class EvaluationConfig(_Section):
     max_new_tokens: int = Field(96, ge=1, description="Longest completion, in tokens; longer ones are truncated.")
 
 
+class DynamicSamplingConfig(_Section):
+    """Asking further prompts in place of those whose group teaches nothing, all its completions earning the same."""
+
+    max_rounds: int = Field(
+        1,
+        ge=1,
+        description="Rounds of loop.prompts_per_step prompts that a step samples at most, until as many groups have a "
+        "signal; 1 trains on what the first round brings.",
+    )
+
+
 class LoopConfig(_Section):
     """The GRPO loop: how many steps, of what size, what is kept and when to stop."""
 
@@ -80,6 +102,7 @@ class LoopConfig(_Section):
     )
     checkpoint_every: int = Field(5, ge=1, description="Steps between checkpoints; the last step always writes one.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
+    dynamic_sampling: DynamicSamplingConfig = DynamicSamplingConfig()
     on_mismatch: Literal["stop", "warn"] = Field(
         "stop", description="What to do when a trainer log-probability differs from the sampler's in any bit."
     )
@@ -96,6 +119,26 @@ class LoopConfig(_Section):
         if value:
             raise ValueError(f"must be 0, got {value}: sampling from a stale policy is not supported yet")
         return value
+
+
+class OpsConfig(_Section):
+    """How operators compute."""
+
+    fast: tuple[str, ...] = Field(
+        (),
+        description=f"Operators that give up alignment for speed, of {', '.join(FAST_OPERATORS)}; "
+        "needs loop.on_mismatch=warn.",
+    )
+
+    @field_validator("fast")
+    @classmethod
+    def _with_a_fast_form(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in FAST_OPERATORS:
+                nearest = difflib.get_close_matches(name, FAST_OPERATORS, n=1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"there is one of {', '.join(FAST_OPERATORS)}"
+                raise ValueError(f"no fast form of {name!r}: {hint}")
+        return names
 
 
 class RayConfig(_Section):
@@ -116,14 +159,16 @@ class Recipe(_Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     trainer: TrainerConfig = TrainerConfig()
+    lora: LoraConfig | None = Field(None, description="Train adapters beside frozen weights; null trains every weight.")
     reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     loop: LoopConfig
+    ops: OpsConfig = OpsConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        problems = _policy_problems(self) + _rollout_problems(self)
+        problems = _policy_problems(self) + _rollout_problems(self) + _reward_problems(self) + _ops_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -167,6 +212,7 @@ def warm_start_digest(recipe: Recipe) -> str:
                 "warm_start": True,
                 "data": {"difficulty", "families", "prompt_template"},
                 "trainer": True,
+                "ops": True,
             },
             exclude={"trainer": _REINFORCEMENT_ONLY},
         )
@@ -221,6 +267,25 @@ def _rollout_problems(recipe: Recipe) -> list[str]:
     ):
         problems += _length_problems(recipe, key, new_tokens)
     return problems
+
+
+def _reward_problems(recipe: Recipe) -> list[str]:
+    overlong, longest = recipe.reward.components.overlong, recipe.rollout.max_new_tokens
+    if overlong is None or overlong.max_tokens - overlong.buffer_tokens < longest:
+        return []
+    return [
+        f"reward.components.overlong: nothing is punished up to {overlong.max_tokens - overlong.buffer_tokens} tokens "
+        f"(max_tokens - buffer_tokens), and rollout.max_new_tokens = {longest} allows no more; lower max_tokens"
+    ]
+
+
+def _ops_problems(recipe: Recipe) -> list[str]:
+    if not recipe.ops.fast or recipe.loop.on_mismatch != "stop":
+        return []
+    return [
+        f"ops.fast: {', '.join(recipe.ops.fast)} in fast form gives the trainer other log-probabilities than the "
+        "sampler's, at which loop.on_mismatch = stop ends the run; set loop.on_mismatch=warn"
+    ]
 
 
 def _length_problems(recipe: Recipe, key: str, new_tokens: int) -> list[str]:

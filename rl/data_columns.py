@@ -1,8 +1,10 @@
 """One record of a data set, in any of the column layouts in common use, to one `Row`.
 
-Problem: `problem`, `question` or `prompt`; text, or a chat, of which the last user message counts.
+Problem: `problem`, `question` or `prompt`; text, or a chat: its last user message is the problem, and a policy with a
+chat template gets all its messages.
 Answer: `answer`, `ground_truth`, `reward_model.ground_truth` (verl), or the last \\boxed{} of `solution`. Where an
 answer holds GSM8K's `####`, what follows the last one counts.
+Pass rate, if there is one: `pass_rate`, a number from 0 to 1.
 
 Every function raises ValueError with the reason, in words for the person who owns the file.
 """
@@ -11,23 +13,33 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from reward.extract import extract_answer
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt")
 ANSWER_COLUMNS = ("answer", "ground_truth")
+Message = tuple[str, str]
+"""Role and content."""
 ALL_ANSWER_COLUMNS = "answer, ground_truth, reward_model.ground_truth, solution"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A problem and its answer, as text; `id` is unique within `source`: file, dataset or "synthetic/<family>"."""
+    """A problem and its answer, as text; `id` is unique within `source`: file, dataset or "synthetic/<family>".
+
+    messages: (role, content) of a prompt that came as a chat, else none.
+    pass_rate: share of completions that were right when a policy was asked, if that was measured.
+    columns: what else the record holds, as JSON values, for a reward function; rows that differ only here are equal.
+    """
 
     id: str
     problem: str
     answer: str
     source: str
+    messages: tuple[Message, ...] = ()
+    pass_rate: float | None = None
+    columns: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 def parse_json(data: bytes) -> object:
@@ -66,7 +78,28 @@ def parse_record(record: object, source: str, number: int) -> Row:
         problem=_problem(record),
         answer=_answer(record),
         source=source,
+        messages=_chat(record),
+        pass_rate=_pass_rate(record.get("pass_rate")),
+        columns=_other_columns(record),
     )
+
+
+def _other_columns(record: Mapping[str, object]) -> dict[str, object]:
+    """All but problem, answer and id. What JSON has no type for, such as a date, becomes text."""
+    others = {name: value for name, value in record.items() if name not in (*PROBLEM_COLUMNS, *ANSWER_COLUMNS, "id")}
+    try:
+        columns: dict[str, object] = json.loads(json.dumps(others, default=str)) if others else {}
+    except RecursionError as error:
+        raise ValueError("not usable as JSON: nested too deeply") from error
+    return columns
+
+
+def _pass_rate(value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"column pass_rate must be a number from 0 to 1, got {_shown(value)}")
+    return float(value)
 
 
 def _problem(record: Mapping[str, object]) -> str:
@@ -90,6 +123,24 @@ def _message(name: str, value: object) -> str:
     return _text(name, contents[-1])
 
 
+def _chat(record: Mapping[str, object]) -> tuple[Message, ...]:
+    """The messages of a problem that is a chat, word for word."""
+    for name in PROBLEM_COLUMNS:
+        value = record.get(name)
+        if isinstance(value, list):
+            return tuple(_turn(f"column {name}: message {number}", turn) for number, turn in enumerate(value, start=1))
+    return ()
+
+
+def _turn(place: str, turn: Mapping[str, object]) -> Message:
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(f"{place} needs a role and a content in plain text, got {_shown(dict(turn))}")
+    if others := [key for key, value in turn.items() if key not in ("role", "content") and value is not None]:
+        raise ValueError(f"{place} also has {', '.join(others)}; only role and content can be used")
+    return role, content
+
+
 def _answer(record: Mapping[str, object]) -> str:
     found = {name: _final(name, record[name]) for name in ANSWER_COLUMNS if record.get(name) is not None}
     truth = _reward_model_truth(record.get("reward_model"))
@@ -100,7 +151,7 @@ def _answer(record: Mapping[str, object]) -> str:
         _add_boxed(found, _scalar("solution", solution))
     if not found:
         raise ValueError(f"no answer: none of the columns {ALL_ANSWER_COLUMNS} holds a value")
-    if len({_comparable(answer) for answer in found.values()}) > 1:
+    if len({comparable_answer(answer) for answer in found.values()}) > 1:
         listed = ", ".join(f"{name} {answer!r}" for name, answer in found.items())
         raise ValueError(f"the columns hold different answers: {listed}")
     return next(iter(found.values()))
@@ -160,7 +211,7 @@ def _text(name: str, value: str) -> str:
     return value.strip()
 
 
-def _comparable(answer: str) -> str:
+def comparable_answer(answer: str) -> str:
     """An answer such that 025, 25 and $25$ compare equal."""
     plain = re.sub(r"[$,\s]", "", answer)
     return plain.lstrip("0") or "0" if re.fullmatch("[0-9]+", plain) else plain
@@ -168,7 +219,7 @@ def _comparable(answer: str) -> str:
 
 def is_whole_number(answer: str) -> bool:
     """Whether an answer is an integer as people write them: 25, 025, -3, 2,125, $7$."""
-    return re.fullmatch("-?[0-9]+", _comparable(answer)) is not None
+    return re.fullmatch("-?[0-9]+", comparable_answer(answer)) is not None
 
 
 def _shown(value: object) -> str:

@@ -16,6 +16,7 @@ from policy.machine import choose_dtype
 from rl.doctor_check import Check
 from rl.doctor_machine import available_cores, machine_checks
 from rl.doctor_ops import PROBES
+from rl.doctor_paths import path_checks
 from rl.doctor_policy import find_mismatch, find_unrepeatable
 from rl.doctor_probe import find_difference, torch_threads
 
@@ -30,8 +31,8 @@ def run_checks(threads: int | None) -> list[Check]:
         raise ValueError(f"threads = {threads}: must be at least 1; leave it out to use every core")
     threads = threads or available_cores()
     with torch_threads(threads):
-        chosen, reason = choose_dtype("auto")
-    checks = [*machine_checks(threads), Check("policy.dtype=auto", True, reason)]
+        chosen, reason = choose_dtype("auto", torch.device("cpu"))
+    checks = [*machine_checks(threads), *path_checks(), Check("policy.dtype=auto", True, reason)]
     return [*checks, *operator_checks(PROBES, chosen, threads), *policy_checks(chosen, threads)]
 
 

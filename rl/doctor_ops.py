@@ -42,11 +42,12 @@ def _swiglu(dtype: torch.dtype) -> dict[str, RowPath]:
 
 
 def _qk_norm_rope(dtype: torch.dtype) -> dict[str, RowPath]:
-    x, table = normal(BATCH, HEADS, HEAD_DIM).to(dtype), ops.rope_table(BATCH, HEAD_DIM // 2, 10000.0)
+    x, table = normal(BATCH, HEADS + 2, HEAD_DIM).to(dtype), ops.rope_table(BATCH, HEAD_DIM // 2, 10000.0)
     positions, weight = torch.arange(BATCH), normal(HEAD_DIM, seed=1)
 
     def forward(rows: slice) -> Tensor:
-        return ops.qk_norm_rope(x[rows], weight, weight, HEADS, table, positions[rows], EPS)[0]
+        q, k, v = ops.qk_norm_rope(x[rows], weight, weight, HEADS, table, positions[rows], EPS)
+        return torch.cat([q, k, v.float()], dim=1)
 
     return {"forward": forward}
 
@@ -69,21 +70,21 @@ def _experts(dtype: torch.dtype) -> dict[str, RowPath]:
 
 def _log_probs(dtype: torch.dtype) -> dict[str, RowPath]:
     vocab, batch = 8192 + 256, 256  # two blocks of the vocabulary
-    hidden, head = normal(batch, HIDDEN), normal(vocab, HIDDEN, seed=1, scale=0.3).to(dtype)
+    hidden, head = normal(batch, HIDDEN), normal(vocab, HIDDEN, seed=1, scale=0.3)
     targets = torch.arange(batch) * (vocab // batch)
-    return {"forward": lambda rows: torch.stack(ops.log_probs(hidden[rows], head, targets[rows], 0.8), dim=1)}
+    return {"forward": lambda rows: torch.stack(ops.log_probs(hidden[rows], head, targets[rows], 0.8, dtype), dim=1)}
 
 
 def _sample(dtype: torch.dtype) -> dict[str, RowPath]:
-    hidden, head = normal(BATCH, HIDDEN), normal(512, HIDDEN, seed=1, scale=0.3).to(dtype)
+    hidden, head = normal(BATCH, HIDDEN), normal(512, HIDDEN, seed=1, scale=0.3)
     index = torch.arange(BATCH)
     temperature, top_p = (index % 3) * 0.5, torch.where(index % 4 == 0, 0.9, 1.0)
     uniform = torch.rand(BATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    top_k = torch.where(index % 5 == 0, 20, 0)
+    top_k, min_p = torch.where(index % 5 == 0, 20, 0), torch.where(index % 7 == 0, 0.1, 0.0)
 
     def forward(rows: slice) -> Tensor:
         tokens, chosen, all_log_probs = ops.sample(
-            hidden[rows], head, temperature[rows], top_p[rows], top_k[rows], uniform[rows]
+            hidden[rows], head, temperature[rows], top_p[rows], top_k[rows], min_p[rows], uniform[rows], dtype
         )
         return torch.cat([tokens.float().unsqueeze(1), chosen.unsqueeze(1), all_log_probs], dim=1)
 

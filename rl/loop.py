@@ -17,13 +17,18 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from reward.composite import RewardInput
 from rl.advantage import group_advantages
 from rl.config import Recipe
-from rl.data import PromptOrder
+from rl.data import source_labels, source_of
+from rl.dynamic_sampling import Gathered, gather
+from rl.eval_scores import score_names
 from rl.evaluate import evaluate
 from rl.mismatch import Comparison, MismatchError, Sampled, full_vocab_choice
 from rl.monitor import Monitor
+from rl.prompt_order import PromptOrder
 from rl.prompts import Prompt, completion_text
+from rl.reward_alarm import FailureAlarm
 from rl.rollouts import Scored, rollout_metrics, write_rollouts
 from rl.run_folder import RunFolder
 from rl.system import System
@@ -44,6 +49,14 @@ class Run:
     eval_prompts: list[Prompt]
     monitor: Monitor
     console: Console
+    alarm: FailureAlarm
+    order: PromptOrder
+    cursor: int = 0  # batches of prompts drawn so far; a checkpoint keeps it
+
+    def next_prompts(self, step: int) -> list[Prompt]:
+        batch = self.order.batch(step - 1, self.cursor)
+        self.cursor += 1
+        return [self.prompts[index] for index in batch]
 
 
 @dataclass
@@ -65,10 +78,8 @@ class StageClock:
 def train(run: Run, first_step: int) -> None:
     """Steps first_step + 1 .. loop.steps; a checkpoint of step n holds the weights after n optimizer steps."""
     loop = run.recipe.loop
-    order = PromptOrder(len(run.prompts), run.recipe.seed)
     for step in range(first_step + 1, loop.steps + 1):
-        prompts = [run.prompts[index] for index in order.batch(step - 1, loop.prompts_per_step)]
-        metrics = train_step(run, step, prompts)
+        metrics = train_step(run, step)
         every = run.recipe.evaluation.every
         if every and step % every == 0 and step < loop.steps:
             metrics |= evaluation_metrics(evaluate_at(run, step))
@@ -77,13 +88,12 @@ def train(run: Run, first_step: int) -> None:
             save_checkpoint(run, step)
 
 
-def train_step(run: Run, step: int, prompts: list[Prompt]) -> dict[str, float]:
-    """One step of GRPO; returns its metrics. Raises MismatchError before any weight changes."""
+def train_step(run: Run, step: int) -> dict[str, float]:
+    """One step of GRPO; returns its metrics. Raises MismatchError or RewardFailureError before any weight changes."""
     clock, start = StageClock(), time.perf_counter()
-    with clock("rollout"):
-        completions = run.system.generate(step_requests(run.recipe, step, prompts, len(run.prompts)))
-    with clock("reward"):
-        scored = score(run, prompts, completions)
+    gathered = gather_groups(run, step, clock)
+    scored = gathered.kept
+    failures = watch_failures(run, step, gathered.sampled)
     with clock("train"):
         result = run.system.compute([each.to_sample() for each in scored])
     with clock("check"):
@@ -101,24 +111,46 @@ def train_step(run: Run, step: int, prompts: list[Prompt]) -> dict[str, float]:
     times = clock.metrics()
     return {
         **rollout_metrics(scored, loop.group_size),
+        **(gathered.metrics() if loop.dynamic_sampling.max_rounds > 1 else {}),
+        **source_metrics(run.recipe, gathered.sampled),
+        **failures,
         **result.metrics,
         **applied,
         **comparison.metrics(),
         **times,
         "time/step": time.perf_counter() - start,
-        "rollout/tokens_per_second": result.tokens / times["time/rollout"],
+        "rollout/tokens_per_second": gathered.tokens / times["time/rollout"],
         "trainer/tokens_per_second": sum(len(each.prompt.token_ids) for each in scored) / times["time/train"]
         + result.tokens / times["time/train"],
     }
 
 
-def step_requests(recipe: Recipe, step: int, prompts: list[Prompt], num_rows: int) -> list[Request]:
-    """One request for each prompt. A row asked again in the same step draws as another row would, beyond the last."""
+def gather_groups(run: Run, step: int, clock: StageClock) -> Gathered:
+    """Samples and scores the groups of a step, in more than one round where the recipe allows it and too few teach."""
+    loop, asked = run.recipe.loop, Counter[int]()
+
+    def sample_round() -> list[Scored]:
+        prompts = run.next_prompts(step)
+        with clock("rollout"):
+            completions = run.system.generate(step_requests(run.recipe, step, prompts, len(run.prompts), asked))
+        with clock("reward"):
+            return score(run, prompts, completions)
+
+    return gather(sample_round, loop.group_size, loop.prompts_per_step, loop.dynamic_sampling.max_rounds)
+
+
+def step_requests(
+    recipe: Recipe, step: int, prompts: list[Prompt], num_rows: int, asked: Counter[int]
+) -> list[Request]:
+    """One request for each prompt. A row asked again in the same step draws as another row would, beyond the last.
+
+    asked: how often earlier rounds of the step asked each row; brought up to date. The whole vocabulary is kept for
+    completions of the first round.
+    """
     loop, rollout = recipe.loop, recipe.rollout
     sampling = SamplingParams(rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
     pairs = [(place, sample) for place in range(len(prompts)) for sample in range(loop.group_size)]
-    full_vocab = full_vocab_choice(recipe.seed, step, pairs, loop.full_vocab_sequences)
-    asked: Counter[int] = Counter()
+    full_vocab = {} if asked else full_vocab_choice(recipe.seed, step, pairs, loop.full_vocab_sequences)
     requests = []
     for place, prompt in enumerate(prompts):
         draws_as = prompt.index + num_rows * asked[prompt.index]
@@ -141,14 +173,40 @@ def step_requests(recipe: Recipe, step: int, prompts: list[Prompt], num_rows: in
 def score(run: Run, prompts: list[Prompt], completions: list[Completion]) -> list[Scored]:
     """Completions in groups of group_size, in the order of the prompts, with rewards and advantages."""
     texts = [completion_text(completion.token_ids, run.tokenizer) for completion in completions]
-    golds = [prompts[completion.request_id].row.answer for completion in completions]
-    results = run.system.score(list(zip(texts, golds, strict=True)))
-    rewards = np.array([result.score for result in results]).reshape(-1, run.recipe.loop.group_size)
-    advantages = group_advantages(rewards).flatten().tolist()
-    return [
-        Scored(prompts[completion.request_id], completion, text, result, advantage)
-        for completion, text, result, advantage in zip(completions, texts, results, advantages, strict=True)
-    ]
+    asked = [prompts[completion.request_id] for completion in completions]
+    rewards = run.system.rewards([reward_input(*each) for each in zip(asked, completions, texts, strict=True)])
+    totals = np.array([np.nan if reward.total is None else reward.total for reward in rewards])
+    advantages = group_advantages(totals.reshape(-1, run.recipe.loop.group_size)).flatten().tolist()
+    return [Scored(*each) for each in zip(asked, completions, texts, rewards, advantages, strict=True)]
+
+
+def reward_input(prompt: Prompt, completion: Completion, text: str) -> RewardInput:
+    return RewardInput(
+        completion=text,
+        prompt=prompt.text,
+        answer=prompt.row.answer,
+        num_tokens=len(completion.token_ids),
+        truncated=completion.finish_reason == "length",
+        columns=prompt.row.columns,
+    )
+
+
+def source_metrics(recipe: Recipe, sampled: list[Scored]) -> dict[str, float]:
+    """Prompts asked of every source, where there are several."""
+    sources = [each.source for each in recipe.data.train]
+    if len(sources) == 1:
+        return {}
+    asked = Counter(source_of(each.prompt.row) for each in sampled)
+    labelled = zip(source_labels(sources), sources, strict=True)
+    return {f"data/prompts/{label}": asked[source] / recipe.loop.group_size for label, source in labelled}
+
+
+def watch_failures(run: Run, step: int, scored: list[Scored]) -> dict[str, float]:
+    """Warns of a rising share of failed rewards. Raises RewardFailureError when it exceeds the recipe's limit."""
+    warning = run.alarm.observe(step, [each.reward for each in scored])
+    if warning:
+        run.console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    return {**run.alarm.metrics(), "reward/failure_alarm": float(warning is not None)}
 
 
 def compare(run: Run, step: int, scored: list[Scored], result: StepResult) -> Comparison:
@@ -179,7 +237,7 @@ def save_checkpoint(run: Run, step: int) -> None:
     path = checkpoint_path(run.folder.checkpoints, step)
     if path.exists():  # written by a worker that outlived the killed run which this one continues
         shutil.rmtree(path)
-    run.system.save_checkpoint(path, {"step": step})
+    run.system.save_checkpoint(path, {"step": step, "data_cursor": run.cursor})
     prune(run.folder.checkpoints, run.recipe.loop.keep_checkpoints)
 
 
@@ -201,4 +259,4 @@ def evaluate_at(run: Run, step: int) -> dict[str, Any]:
 
 
 def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:
-    return {f"eval/{name}": value for name, value in result.items() if name.startswith(("mean@", "pass@"))}
+    return {f"eval/{name}": result[name] for name in score_names(result)}

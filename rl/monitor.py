@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from rl.eval_scores import AVERAGE
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -138,8 +140,8 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def evaluation_metric(record: Record) -> str | None:
-    """The name of the record's evaluation score (`eval/mean@8` for 8 samples a problem), None where it has none."""
-    return next((name for name in record if name.startswith("eval/mean@")), None)
+    """The name of the record's evaluation score (`eval/avg@8` for 8 samples a problem), None where it has none."""
+    return next((name for name in record if name.startswith(f"eval/{AVERAGE}")), None)
 
 
 def step_line(record: Record, steps: int | None = None) -> Text:

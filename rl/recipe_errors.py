@@ -53,6 +53,8 @@ def _dotted(loc: Sequence[int | str]) -> str:
 def _section_at(root: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = root
     for part in loc:
+        if isinstance(part, int):  # a place in a list of sections
+            continue
         field = section.model_fields.get(str(part)) if section else None
         section = _section_type(field.annotation) if field else None
     return section

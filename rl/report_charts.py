@@ -1,8 +1,10 @@
 """Which charts the report shows, and the metrics each one reads."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from rl.eval_scores import average_name
 from rl.monitor import Record, evaluation_metric
 from rl.report_svg import Chart, Point, Series
 
@@ -19,6 +21,7 @@ def build_charts(records: list[Record], evaluation: dict[str, Any]) -> list[Char
     """
     charts = [
         _reward_chart(records, evaluation),
+        _chart(records, "Reward by component", "mean, before weighting", _components(records)),
         _chart(records, "Completion length", "tokens", {"mean": "length/mean", "longest": "length/max"}),
         _unequal_chart(records),
         _chart(records, "Largest log-prob difference", "nats", {"largest": "mismatch/log_prob_diff_max"}),
@@ -33,9 +36,13 @@ def build_charts(records: list[Record], evaluation: dict[str, Any]) -> list[Char
         _chart(records, "Gradient norm", "before clipping", {"norm": "policy/grad_norm"}),
         _chart(
             records,
-            "No answer, or cut off",
+            "No answer, cut off, or no reward",
             "of the completions",
-            {"no answer": "reward/no_answer_fraction", "cut off": "length/truncated_fraction"},
+            {
+                "no answer": "reward/no_answer_fraction",
+                "cut off": "length/truncated_fraction",
+                "no reward": "reward/failure_fraction",
+            },
         ),
     ]
     return [chart for chart in charts if chart.series]
@@ -58,8 +65,15 @@ def _series(records: list[Record], metrics: dict[str, str]) -> list[Series]:
     return [one for one in series if one.last is not None]
 
 
+def _components(records: list[Record]) -> dict[str, str]:
+    """The metrics of what is rewarded besides a correct answer, by component: `format` at `reward/format_mean`."""
+    names = dict.fromkeys(name for record in records for name in record if re.fullmatch("reward/[a-z]+_mean", name))
+    return {name.removeprefix("reward/").removesuffix("_mean"): name for name in names}
+
+
 def _reward_chart(records: list[Record], evaluation: dict[str, Any]) -> Chart:
-    series = _series(records, {"reward": "reward/mean"})
+    correct = {"correct": "reward/correct_fraction"} if _components(records) else {}
+    series = _series(records, {"reward": "reward/mean", **correct})
     points = _evaluation_points(records, evaluation)
     if points:
         series.append(Series("evaluation", points))
@@ -69,20 +83,20 @@ def _reward_chart(records: list[Record], evaluation: dict[str, Any]) -> Chart:
 def _evaluation_points(records: list[Record], evaluation: dict[str, Any]) -> list[Point]:
     """The scores by step: before training stands at step 0, after training at the last step."""
     scores: dict[float, float | None] = {}
-    if before := mean_score(evaluation.get("before")):
+    if before := average_score(evaluation.get("before")):
         scores[0.0] = before[1]
     for record in records:
         if name := evaluation_metric(record):
             scores[_step(record)] = record[name]
-    if records and (after := mean_score(evaluation.get("after"))):
+    if records and (after := average_score(evaluation.get("after"))):
         scores[_step(records[-1])] = after[1]
     return sorted(scores.items(), key=lambda point: point[0])
 
 
-def mean_score(evaluation: Mapping[str, Any] | None) -> tuple[str, float] | None:
-    """The evaluation's ("mean@8", score), for 8 samples a problem; None without one."""
-    scores = evaluation or {}
-    return next(((name, score) for name, score in scores.items() if name.startswith("mean@")), None)
+def average_score(evaluation: Mapping[str, Any] | None) -> tuple[str, float] | None:
+    """The evaluation's ("avg@8", score), for 8 samples a problem; None without one."""
+    name = average_name(evaluation or {})
+    return (name, evaluation[name]) if evaluation and name else None
 
 
 def _unequal_chart(records: list[Record]) -> Chart:

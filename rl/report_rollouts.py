@@ -64,7 +64,7 @@ def read_groups(run_dir: Path) -> list[Group]:
 def _group(record: dict[str, Any]) -> Group:
     completions = record.get("completions", [])
     shown = [_completion(completion) for completion in completions[:MAX_COMPLETIONS]]
-    return Group(record, _cut(str(record.get("prompt", ""))), shown, len(completions))
+    return Group(record, cut(str(record.get("prompt", ""))), shown, len(completions))
 
 
 def _completion(record: dict[str, Any]) -> Completion:
@@ -72,7 +72,7 @@ def _completion(record: dict[str, Any]) -> Completion:
     columns = (tokens, record.get("rollout_log_probs", []), record.get("log_probs", []))
     rows = zip_longest(*(column[:MAX_TOKENS] for column in columns))
     shown = [_token(position, *row) for position, row in enumerate(rows)]
-    return Completion(record, _cut(str(record.get("text", ""))), shown, len(tokens))
+    return Completion(record, cut(str(record.get("text", ""))), shown, len(tokens))
 
 
 def _token(position: int, text: str | None, rollout: float | None, trainer: float | None) -> Token:
@@ -98,6 +98,7 @@ def _visible(text: str) -> str:
     return text.replace("\n", "⏎\n") or "∅"
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """The beginning of a text, and how much was left out."""
     left_out = len(text) - MAX_CHARACTERS
     return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} … [{left_out:,} more characters]"

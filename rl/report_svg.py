@@ -35,6 +35,7 @@ class Series:
 class Chart:
     """A titled set of series on common axes.
 
+    x_name: what stands on the horizontal axis, in whole numbers.
     kind: "line" breaks at missing values, "area" stacks the series (missing counts as zero). Series named in `sparse`
     are measured at a few steps only: drawn as points, joined.
     """
@@ -45,6 +46,7 @@ class Chart:
     kind: Literal["line", "area"] = "line"
     sparse: frozenset[str] = frozenset()
     note: str = ""
+    x_name: str = "step"
 
     @property
     def svg(self) -> Markup:
@@ -81,7 +83,7 @@ def draw(chart: Chart) -> Markup:
             _draw_sparse(svg, axes, points, index)
         else:
             _add(svg, "path", f"line s{index}", d=_line(axes, points))
-    _draw_tooltips(svg, axes, chart.series)
+    _draw_tooltips(svg, axes, chart)
     return Markup(ElementTree.tostring(svg, encoding="unicode"))
 
 
@@ -162,9 +164,9 @@ def _draw_sparse(svg: ElementTree.Element, axes: _Axes, points: list[Point], ind
         _add(svg, "circle", f"dot s{index}", cx=axes.x(step), cy=axes.y(value), r=4.0)
 
 
-def _draw_tooltips(svg: ElementTree.Element, axes: _Axes, series: list[Series]) -> None:
+def _draw_tooltips(svg: ElementTree.Element, axes: _Axes, chart: Chart) -> None:
     values: dict[float, list[str]] = {}
-    for one in series:
+    for one in chart.series:
         for step, value in one.points:
             shown = [] if value is None else [f"{one.label} {value:.6g}"]
             values.setdefault(step, []).extend(shown)
@@ -174,7 +176,7 @@ def _draw_tooltips(svg: ElementTree.Element, axes: _Axes, series: list[Series]) 
     for step in steps:
         left = axes.x(step) - band / 2
         place = _add(svg, "rect", "hit", x=left, y=TOP, width=band, height=BOTTOM - TOP)
-        ElementTree.SubElement(place, "title").text = "\n".join([f"step {step:.0f}", *values[step]])
+        ElementTree.SubElement(place, "title").text = "\n".join([f"{chart.x_name} {step:.0f}", *values[step]])
 
 
 def _add(parent: ElementTree.Element, tag: str, css: str, **attributes: str | float) -> ElementTree.Element:

@@ -1,6 +1,7 @@
 """Scored completions of a step: from engine and reward to training samples and to the run folder's records."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from reward.result import RewardResult
+from reward.composite import Reward
+from reward.result import Reason
 from rl.monitor import replace_text
 from rl.prompts import Prompt
 from rollout.request import Completion
@@ -18,12 +20,12 @@ from trainer.batch import TrainSample
 
 @dataclass(frozen=True)
 class Scored:
-    """One completion with everything the loop knows of it."""
+    """One completion with everything the loop knows of it. One without a reward has advantage 0."""
 
     prompt: Prompt
     completion: Completion
     text: str
-    reward: RewardResult
+    reward: Reward
     advantage: float
 
     def to_sample(self) -> TrainSample:
@@ -36,19 +38,41 @@ class Scored:
 
 
 def rollout_metrics(scored: Sequence[Scored], group_size: int) -> dict[str, float]:
-    rewards = np.array([each.reward.score for each in scored])
+    """Means of rewards and components are over the completions that have a reward, NaN where none has; fractions of
+    reasons are over all of them."""
     lengths = np.array([len(each.completion.token_ids) for each in scored])
+    advantages = np.array([each.advantage for each in scored]).reshape(-1, group_size)
     values = {
-        "reward/mean": rewards.mean(),
-        "reward/std": rewards.std(),
-        "reward/no_answer_fraction": np.mean([each.reward.extracted is None for each in scored]),
-        "reward/verifier_failures": sum(each.reward.is_failure for each in scored),
+        **_reward_metrics([each.reward for each in scored]),
         "length/mean": lengths.mean(),
         "length/max": lengths.max(),
         "length/truncated_fraction": np.mean([each.completion.finish_reason == "length" for each in scored]),
-        "policy/groups_without_signal": (np.ptp(rewards.reshape(-1, group_size), axis=1) == 0).sum(),
+        "policy/groups_without_signal": (advantages == 0).all(axis=1).sum(),
     }
     return {name: float(value) for name, value in values.items()}
+
+
+def _reward_metrics(rewards: Sequence[Reward]) -> dict[str, float]:
+    totals = _values([reward.total for reward in rewards])
+    reasons = Counter(reward.reason for reward in rewards)
+    components = {
+        name: _values([reward.components[name] for reward in rewards if not reward.is_failure]).mean()
+        for name in rewards[0].components
+    }
+    return {
+        "reward/mean": totals.mean(),
+        "reward/std": totals.std(),
+        "reward/correct_fraction": components.pop("correctness"),
+        **{f"reward/{name}_mean": value for name, value in components.items()},
+        "reward/no_answer_fraction": np.mean([reward.verdict.extracted is None for reward in rewards]),
+        "reward/verifier_failures": sum(reward.is_failure for reward in rewards),
+        **{f"reward/reason/{reason}": reasons[reason] / len(rewards) for reason in Reason if reason is not Reason.OK},
+    }
+
+
+def _values(values: Sequence[float | None]) -> np.ndarray:
+    """FP64, without what was not measured; one NaN where nothing was, as numpy warns of the mean of nothing."""
+    return np.array([value for value in values if value is not None] or [np.nan])
 
 
 def write_rollouts(
@@ -81,9 +105,10 @@ def _completion_record(each: Scored, log_probs: np.ndarray, tokenizer: PreTraine
         "tokens": [tokenizer.decode([token]) for token in each.completion.token_ids.tolist()],
         "rollout_log_probs": each.completion.log_probs.tolist(),
         "log_probs": log_probs.tolist(),
-        "reward": each.reward.score,
+        "reward": each.reward.total,
+        "components": dict(each.reward.components),
         "reason": str(each.reward.reason),
-        "extracted": each.reward.extracted,
+        "extracted": each.reward.verdict.extracted,
         "finish_reason": each.completion.finish_reason,
         "policy_version": int(each.completion.policy_versions[-1]),
         "advantage": each.advantage,

@@ -14,6 +14,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from rich.console import Console
 
 from policy.config import PolicyConfig
+from reward.composite import Reward, RewardInput
+from reward.function_file import locate_function
 from reward.result import RewardResult
 from rl.actors import EngineActor, RewardActor, TrainerActor
 from rl.config import Recipe
@@ -37,8 +39,8 @@ class System:
         _connect(self.recipe.ray.address)
         try:
             threads = self.recipe.trainer.threads or 1
-            self.trainer = _start_actor(TrainerActor, threads, threads)
-            self.reward = _start_actor(RewardActor, 1, self.recipe.reward)
+            self.trainer = self._start_on_device(TrainerActor, threads, threads)
+            self.reward = _start_actor(RewardActor, 1, 0.0, locate_function(self.recipe.reward))
             self.call("trainer and reward workers to start", self.trainer.ready.remote(), self.reward.ready.remote())
         except BaseException:
             ray.shutdown()
@@ -53,10 +55,17 @@ class System:
     def start_engines(self, config: PolicyConfig, dtype: torch.dtype) -> None:
         threads = self.recipe.rollout.threads or 1
         self.engines = [
-            _start_actor(EngineActor, threads, config, dtype, self.recipe.rollout, threads)
+            self._start_on_device(EngineActor, threads, config, dtype, self.recipe.rollout, threads)
             for _ in range(self.recipe.rollout.workers)
         ]
         self.call("engine workers to start", *(engine.ready.remote() for engine in self.engines))
+
+    def _start_on_device(self, kind: type, threads: int, *arguments: Any) -> Any:
+        """Trainer and engines share the cluster's GPUs evenly, one each where there are enough."""
+        device, share = self.recipe.policy.device, 0.0
+        if device == "cuda":
+            share = min(1.0, ray.cluster_resources().get("GPU", 0.0) / (1 + self.recipe.rollout.workers))
+        return _start_actor(kind, threads, share, *arguments, device, self.recipe.ops.fast)
 
     def sync_weights(self) -> str:
         """Moves the trainer's weights into every engine; returns their digest, proven equal on both sides."""
@@ -76,17 +85,17 @@ class System:
         return sorted(completions, key=lambda completion: (place[completion.request_id], completion.sample))
 
     def score(self, items: list[tuple[str, str]]) -> list[RewardResult]:
-        results: list[RewardResult] = self.call("rewards", self.reward.score.remote(items))[0]
+        """The verdicts on (completion, gold answer) pairs, which is what an evaluation counts."""
+        results: list[RewardResult] = self.call("verdicts", self.reward.score.remote(items))[0]
         return results
 
-    def start_training(self, folder: Path, dtype: torch.dtype) -> PolicyConfig:
-        recipe = self.recipe
-        config: PolicyConfig = self.call(
-            "the base policy to load",
-            self.trainer.start.remote(
-                folder, dtype, recipe.policy.chunk_size, recipe.trainer, recipe.rollout.temperature
-            ),
-        )[0]
+    def rewards(self, inputs: list[RewardInput]) -> list[Reward]:
+        """What each completion earned by the recipe's components, which is what training learns from."""
+        results: list[Reward] = self.call("rewards", self.reward.rewards.remote(inputs))[0]
+        return results
+
+    def start_training(self, folder: Path) -> PolicyConfig:
+        config: PolicyConfig = self.call("the base policy to load", self.trainer.start.remote(folder, self.recipe))[0]
         return config
 
     def compute(self, samples: list[TrainSample]) -> StepResult:
@@ -109,8 +118,9 @@ class System:
         extra: dict[str, Any] = self.call("the checkpoint", self.trainer.load_checkpoint.remote(path))[0]
         return extra
 
-    def save_policy(self, folder: Path) -> None:
-        self.call("the policy to be saved", self.trainer.save_policy.remote(folder))
+    def save_policy(self, folder: Path, source: Path | None = None) -> None:
+        """source: where the tokenizer and what else goes along with the weights is copied from, if it shall."""
+        self.call("the policy to be saved", self.trainer.save_policy.remote(folder, source))
 
     def call(self, what: str, *references: Any) -> list[Any]:
         """Waits for results, saying what for when it takes long. An actor's own error is raised as it was there."""
@@ -131,12 +141,15 @@ class System:
             raise cause if isinstance(cause, Exception) else error from None
 
 
-def _start_actor(kind: type, threads: int, *arguments: Any) -> Any:
-    """`kind(*arguments)` in a process of its own; thread counts have to be in place before torch is imported there."""
+def _start_actor(kind: type, threads: int, gpus: float, *arguments: Any) -> Any:
+    """`kind(*arguments)` in a process of its own, with a share of a GPU.
+
+    Thread counts have to be in place before torch is imported there.
+    """
     environment = {**THREAD_ENVIRONMENT, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     actor: Any = ray.remote(kind)
-    options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "runtime_env": {"env_vars": environment}}
-    return actor.options(**options).remote(*arguments)
+    resources = {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
+    return actor.options(**resources, runtime_env={"env_vars": environment}).remote(*arguments)
 
 
 def _connect(address: str | None) -> None:

@@ -14,18 +14,24 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from policy.checkpoint import DTYPES, read_config
+from policy.checkpoint import DTYPES, save_config
 from policy.config import PolicyConfig
-from policy.machine import choose_dtype
+from policy.lora import chosen_modules
+from policy.machine import choose_device, choose_dtype
 from policy.transformer import Policy
-from rl.base_policy import base_policy, base_tokenizer, cache_folder, made_config
+from reward.function_file import pin_function
+from rl.base_policy import base_policy, base_tokenizer, cache_folder, planned_config
 from rl.config import Recipe, load_recipe, recipe_digest, resolved_yaml
 from rl.data import load_problems
-from rl.export import finish_export, save_skeleton
+from rl.export import finish_export
 from rl.loop import Run, StageClock, evaluate_at, evaluation_metrics, train
 from rl.monitor import Monitor, read_metrics, replace_text
+from rl.problem_rules import select_problems
+from rl.prompt_order import PromptOrder
 from rl.prompts import Prompt, encode_prompts
 from rl.report import summary_table, write_report
+from rl.reward_alarm import FailureAlarm
+from rl.reward_trial import check_function
 from rl.run_folder import RunFolder
 from rl.system import System
 from rl.threads import MAX_TRAINER_THREADS
@@ -40,6 +46,8 @@ FREE_KEYS = (
     "rollout.memory_mb",
     "ray",
     "reward.workers",
+    "reward.max_failure_fraction",
+    "reward.failure_window",
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
     "loop.rollouts_saved",
@@ -48,13 +56,15 @@ FREE_KEYS = (
 
 def resolve(recipe: Recipe) -> tuple[Recipe, str]:
     """Replaces "auto" and null by what this machine gets, so that the recipe in the run folder decides every bit."""
-    dtype, reason = choose_dtype(recipe.policy.dtype)
+    device = choose_device(recipe.policy.device)
+    dtype, reason = choose_dtype(recipe.policy.dtype, device)
     cores = len(os.sched_getaffinity(0))
     trainer_threads = recipe.trainer.threads or min(cores, MAX_TRAINER_THREADS)
     name = next(name for name, value in DTYPES.items() if value == dtype)
     changes = {
-        "policy": recipe.policy.model_copy(update={"dtype": name}),
+        "policy": recipe.policy.model_copy(update={"device": device.type, "dtype": name}),
         "trainer": recipe.trainer.model_copy(update={"threads": trainer_threads}),
+        "reward": pin_function(recipe.reward),
         "rollout": recipe.rollout.model_copy(
             update={"threads": recipe.rollout.threads or max(1, cores // recipe.rollout.workers)}
         ),
@@ -66,7 +76,7 @@ def plan(recipe: Recipe) -> str:
     """What a run of this recipe would do; touches nothing."""
     resolved, reason = resolve(recipe)
     materials = prepare(recipe)
-    config = _planned_config(resolved, materials.tokenizer)
+    config = planned_config(resolved, materials.tokenizer)
     loop, rollout = resolved.loop, resolved.rollout
     cached = resolved.policy.path is None and cache_folder(resolved).is_dir()
     base = resolved.policy.path or (f"cached in {cache_folder(resolved)}" if cached else "to be made by the warm start")
@@ -78,8 +88,10 @@ def plan(recipe: Recipe) -> str:
         f"base policy: {base}",
         f"dtype: {reason}",
         f"data: {len(materials.prompts)} training and {len(materials.eval_prompts)} held-out problems",
+        *materials.notes,
         f"loop: {loop.steps} steps of {loop.prompts_per_step} prompts x {loop.group_size} completions",
         f"workers: {rollout.workers} engines x {rollout.threads} threads, a trainer with {resolved.trainer.threads}",
+        f"regime: {regime(resolved)}",
         f"recipe digest: {recipe_digest(resolved.model_dump(mode='json'))}",
     ]
     return "\n".join(lines)
@@ -92,21 +104,23 @@ class Materials:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
+    order: PromptOrder
+    notes: list[str]  # what the rules of the data section left out or found
 
 
 def prepare(recipe: Recipe) -> Materials:
-    """Raises ValueError for problems that cannot be read, or whose prompt is too long."""
+    """Raises ValueError for problems that cannot be read, a prompt that is too long, a reward function that fails, and
+    adapters that the policy has no place for."""
     rows = load_problems(recipe.data, "train", recipe.seed)
     eval_rows = load_problems(recipe.data, "eval", recipe.seed)
     tokenizer = base_tokenizer(recipe)
+    if recipe.lora:
+        chosen_modules(planned_config(recipe, tokenizer), recipe.lora)
+    rows, notes = select_problems(rows, eval_rows, recipe.data, tokenizer)
+    order = PromptOrder.of(rows, recipe)
     prompts = encode_prompts(rows, recipe.data, tokenizer)
-    return Materials(tokenizer, prompts, encode_prompts(eval_rows, recipe.data, tokenizer))
-
-
-def _planned_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PolicyConfig:
-    if recipe.policy.path is not None:
-        return read_config(Path(recipe.policy.path))
-    return made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
+    check_function(recipe.reward, prompts[0].text, rows[0].answer, rows[0].columns)
+    return Materials(tokenizer, prompts, encode_prompts(eval_rows, recipe.data, tokenizer), order, notes)
 
 
 def run_training(recipe: Recipe, run_dir: Path, resume: bool, console: Console) -> dict[str, Any]:
@@ -123,7 +137,8 @@ def run_training(recipe: Recipe, run_dir: Path, resume: bool, console: Console) 
     with folder.locked():
         if not resume:
             replace_text(folder.recipe, resolved_yaml(recipe))
-        console.print(f"run folder {folder.path}; dtype {reason}", markup=False, soft_wrap=True)
+        opening = [f"run folder {folder.path}; dtype {reason}", *materials.notes]
+        console.print("\n".join(opening), markup=False, soft_wrap=True)
         summary: dict[str, Any] = {"name": recipe.name, "status": "running", "versions": versions()}
         folder.write_json(folder.summary, summary)
         try:
@@ -154,10 +169,12 @@ def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Conso
             materials.eval_prompts,
             monitor=monitor,
             console=console,
+            alarm=FailureAlarm(recipe.reward),
+            order=materials.order,
         )
-        config = system.start_training(base, DTYPES[recipe.policy.dtype])
+        config = system.start_training(base)
         system.start_engines(config, DTYPES[recipe.policy.dtype])
-        save_skeleton(folder.base, config, recipe.policy.dtype, tokenizer)
+        save_config(folder.base, config, recipe.policy.dtype, base)
         first_step = _restore(run)
         system.sync_weights()
         with clock("evaluation"):
@@ -167,8 +184,8 @@ def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Conso
         with clock("evaluation"):
             after = evaluated(run, recipe.loop.steps)
         with clock("export"):
-            system.save_policy(folder.policy)
-            digest = finish_export(folder, folder.policy, recipe, tokenizer, recipe.loop.steps)
+            system.save_policy(folder.policy, folder.base)
+            digest = finish_export(folder, folder.policy, recipe, recipe.loop.steps)
         monitor.close()
     clock.seconds["total"] = time.perf_counter() - start
     return {
@@ -179,7 +196,7 @@ def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Conso
         "weights_digest": digest,
         "durations": clock.seconds,
         "parameters": parameter_count(config),
-        "regime": "aligned",
+        "regime": regime(recipe),
     }
 
 
@@ -189,8 +206,10 @@ def _restore(run: Run) -> int:
     if path is None:
         run.monitor.truncate(0)
         return 0
-    step = int(run.system.load_checkpoint(path)["step"])
+    extra = run.system.load_checkpoint(path)
+    step, run.cursor = int(extra["step"]), int(extra["data_cursor"])
     run.monitor.truncate(step)
+    run.alarm.restore(read_metrics(run.folder.path))
     run.console.print(f"resumed after step {step} from {path}", markup=False, soft_wrap=True)
     return step
 
@@ -250,6 +269,12 @@ def _record_failure(folder: RunFolder, summary: dict[str, Any], error: BaseExcep
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     with contextlib.suppress(OSError):  # The error itself may be a full disk; it is the one to report.
         folder.write_json(folder.summary, summary | {"status": status, "error": f"{type(error).__name__}: {error}"})
+
+
+def regime(recipe: Recipe) -> str:
+    """Whether trainer and sampler are promised to agree, and what gave it up if not."""
+    fast = recipe.ops.fast
+    return f"not aligned: fast {', '.join(fast)}" if fast else "aligned"
 
 
 def parameter_count(config: PolicyConfig) -> int:

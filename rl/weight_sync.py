@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policy.checkpoint import tensor_digest, weights_digest
+from policy.digest import tensor_digest, weights_digest
+from policy.names import export_tensors
+from policy.transformer import Policy
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,8 @@ def unpack_weights(package: WeightPackage) -> dict[str, Tensor]:
     if damaged:
         raise ValueError(f"weights of version {package.policy_version} arrived damaged: {', '.join(damaged[:5])}")
     return tensors
+
+
+def policy_digest(policy: Policy) -> str:
+    """The digest of the weights that a policy computes with, as an export of it would have."""
+    return weights_digest({name: tensor_digest(tensor) for name, tensor in export_tensors(policy).items()})

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, engine, trainer
+from benchmarks import common, engine, record, trainer
 from policy.config import PolicyConfig
 from policy.transformer import Policy
 
@@ -91,21 +91,21 @@ def test_rates_and_turns() -> None:
 def test_result_says_where_it_is_from(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["benchmarks/engine.py", "--quick"])
     path = common.write_result(Namespace(out=tmp_path / "new", quick=True), "engine", {"ratio": 1.5})
-    record = json.loads(path.read_text())
+    written = json.loads(path.read_text())
     assert path == tmp_path / "new" / "engine.json"
-    assert (record["ratio"], record["command"]) == (1.5, "python -m benchmarks.engine --quick")
-    assert {"date", "commit", "device", "versions", "quick"} < set(record)
-    assert record["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert (written["ratio"], written["command"]) == (1.5, "python -m benchmarks.engine --quick")
+    assert {"date", "commit", "device", "versions", "quick"} < set(written)
+    assert written["versions"]["torch"].startswith(torch.__version__.split("+")[0])
 
 
 def test_commit_is_marked_dirty(monkeypatch) -> None:
     answers = {"rev-parse": "abc123", "status": " M ops/linear.py"}
-    monkeypatch.setattr(common, "_output", lambda _, command, *options: answers[command])
-    assert common._commit() == "abc123-dirty"
+    monkeypatch.setattr(record, "output", lambda _, command, *options: answers[command])
+    assert record.commit() == "abc123-dirty"
     answers["status"] = ""
-    assert common._commit() == "abc123"
+    assert record.commit() == "abc123"
 
 
 @pytest.mark.parametrize("command", [["no-such-program"], ["git", "no-such-command"]])
 def test_a_command_that_fails_says_nothing(command: list[str]) -> None:
-    assert common._output(*command) == ""
+    assert record.output(*command) == ""

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from policy.tokenizer import load_tokenizer
-from rl.cli import app
 from rl.config import load_recipe
-from rl.data import load_rows
 from rl.monitor import read_metrics
+from tests.rl.command import lockstep, refusal
 from tests.rl.tiny import GROUP, LocalSystem, full_disk_at, write_recipe
 
 
@@ -23,20 +21,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command writes by default is written under tmp_path."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def lockstep(*arguments: str | Path | int) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-
-
-def refusal(*arguments: str | Path | int) -> str:
-    """The message of a command that must end in one, with exit code 1 and no traceback."""
-    result = lockstep(*arguments)
-    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.output
-    assert "Traceback" not in result.output
-    first, *_ = result.stderr.splitlines()
-    assert first.startswith("error: ") and result.stderr.count("error: ") == 1
-    return result.stderr.removeprefix("error: ").strip()
 
 
 def everything_under(folder: Path) -> set[Path]:
@@ -50,7 +34,22 @@ def test_version() -> None:
 
 def test_every_command_has_help() -> None:
     assert lockstep("--help").exit_code == 0
-    for command in ("train", "report", "doctor", "eval", "export", "generate", "data make", "data check"):
+    for command in (
+        "train",
+        "report",
+        "doctor",
+        "eval",
+        "compare-eval",
+        "export",
+        "generate",
+        "plan",
+        "data make",
+        "data check",
+        "data list",
+        "data pass-rates",
+        "reward check",
+        "reward test",
+    ):
         result = lockstep(*command.split(), "--help")
         assert result.exit_code == 0 and "Usage: " in result.stdout
 
@@ -170,34 +169,6 @@ def test_an_error_of_the_system_names_its_file(tmp_path: Path, monkeypatch: pyte
     assert message == "Permission denied: /some/file. What was already written is intact"
 
 
-def test_data_make_and_check(tmp_path: Path) -> None:
-    out = tmp_path / "made.jsonl"
-    made = lockstep("data", "make", "--out", out, "--count", 12, "--split", "eval", "--difficulty", 3)
-    assert (made.exit_code, made.stdout) == (0, f"12 problems written to {out}\n")
-    assert len(load_rows(str(out))[0]) == 12
-    checked = lockstep("data", "check", out)
-    assert checked.exit_code == 0 and f"{out}: 12 good rows, 0 bad" in checked.stdout
-    out.write_text(out.read_text() + '{"problem": "P"}\n')
-    checked = lockstep("data", "check", out)
-    assert checked.exit_code == 1 and f"{out}:13: no answer: " in checked.stdout
-    out.write_text("")
-    assert lockstep("data", "check", out).exit_code == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("make", "--out", "made.jsonl", "--split", "test"), "--split test: must be train or eval"),
-        (("make", "--out", "made.jsonl", "--count", "9999999"), "train problems wanted from family 'remainder'"),
-        (("make", "--out", "nowhere/made.jsonl"), "nowhere/made.jsonl: cannot be written: No such file"),
-        (("check", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
-    ],
-)
-def test_data_refusals(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    assert message in refusal("data", *arguments)
-    assert everything_under(tmp_path) == set()
-
-
 def test_report_is_written_anew(finished_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished_run, tmp_path / "run"))
     before = (run / "report.html").read_text()
@@ -222,18 +193,6 @@ def test_generate_repeats_itself_and_follows_the_seed(finished_run: Path) -> Non
     assert len(first.stdout.splitlines()) >= 3 and "boxed" in first.stdout
     assert lockstep(*ask, "--max-new-tokens", 30).stdout == first.stdout
     assert lockstep(*ask, "--max-new-tokens", 30, "--seed", 1).stdout != first.stdout
-
-
-def test_eval_writes_what_it_prints(finished_run: Path, tmp_path: Path) -> None:
-    lockstep("data", "make", "--out", tmp_path / "set.jsonl", "--count", 6)
-    options = ("--samples", 2, "--max-new-tokens", 30, "--max-problems", 4, "--json", tmp_path / "result.json")
-    result = lockstep("eval", finished_run, "--data", tmp_path / "set.jsonl", *options)
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "result.json").read_text())
-    assert (found["problems"], found["samples"], found["data"]) == (4, 2, f"{tmp_path}/set.jsonl")
-    assert f"{found['mean@2']:.4f}" in result.stdout and "4 x 2" in result.stdout
-    synthetic = lockstep("eval", finished_run, "--data", "synthetic", *options)
-    assert synthetic.exit_code == 0 and "4 x 2" in synthetic.stdout
 
 
 @pytest.mark.parametrize("command", [("eval", "--data", "synthetic"), ("generate", "--prompt", "P")])

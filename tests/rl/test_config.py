@@ -107,6 +107,24 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
         ("rollout.top_p=0.9", "training samples from the whole vocabulary, so they must be 1 and 0, got 0.9 and 0"),
         ("rollout.top_k=5", "they must be 1 and 0, got 1.0 and 5"),
         ("policy.chunk_size=4096", "rollout.prefill_tokens: must hold at least one chunk (policy.chunk_size = 4096)"),
+        (
+            "reward.components.overlog={}",
+            "unknown key 'reward.components.overlog': did you mean 'reward.components.over",
+        ),
+        (
+            "reward.components.overlong.max_tokens=9",
+            "reward.components.overlong.buffer_tokens: required, but not given",
+        ),
+        (
+            "reward.components.overlong={max_tokens: 200, buffer_tokens: 50}",
+            "reward.components.overlong: nothing is punished up to 150 tokens (max_tokens - buffer_tokens), and "
+            "rollout.max_new_tokens = 96 allows no more; lower max_tokens",
+        ),
+        (
+            "reward.components.format.answer=false",
+            "reward.components.format: answer, thinking and pattern ask for nothing",
+        ),
+        ("reward.components.function.path=mine", "reward.components.function.path: must be FILE.py:NAME, such as "),
         ("rollout.max_new_tokens=2048", "rollout.max_new_tokens: with data.max_prompt_tokens = "),
         ("evaluation.max_new_tokens=2048", "evaluation.max_new_tokens: with data.max_prompt_tokens = "),
     ],

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from policy.checkpoint import load_policy, tensor_digest, weights_digest
+from policy.checkpoint import load_policy
+from policy.digest import tensor_digest, weights_digest
 from policy.tokenizer import load_tokenizer
 from rl.actors import policy_digest
 from rl.config import load_recipe
@@ -196,7 +197,7 @@ def test_newest_checkpoint_loads_and_holds_the_exported_weights(complete: Comple
     run, recipe = complete[0].run, load_recipe(complete[0].run / "recipe.yaml")
     trainer = Trainer(load_policy(run / "policy"), recipe.trainer, recipe.rollout.temperature)
     newest = latest_checkpoint(run / "checkpoints")
-    assert newest is not None and load_checkpoint(newest, trainer) == {"step": STEPS}
+    assert newest is not None and load_checkpoint(newest, trainer) == {"step": STEPS, "data_cursor": STEPS}
     assert (policy_digest(trainer.policy), trainer.policy_version) == (digest, STEPS)
 
 
@@ -284,3 +285,19 @@ def test_packing_changes_no_log_prob_of_the_first_step(complete: Complete, comma
     command.complete(*unset, "trainer.token_budget=64")
     first, other = (read_json_lines(run / "rollouts" / "step_000001.jsonl") for run in (complete[0].run, command.run))
     assert first == other
+
+
+@pytest.mark.slow
+def test_killed_with_dynamic_sampling_it_resumes_to_the_same_bits(command: Command, tmp_path: Path) -> None:
+    """More batches of prompts have been drawn than steps were taken: the checkpoint must say how many."""
+    dynamic = ("loop.dynamic_sampling.max_rounds=3",)
+    (tmp_path / "whole").mkdir()
+    whole = Command(tmp_path / "whole")
+    try:
+        digest = whole.complete(*dynamic)["weights_digest"]
+    finally:
+        whole.end()
+    command.stop_when(command.checkpoint(2).exists, signal.SIGKILL, *dynamic)
+    wait_until(lambda: command.workers() == [])
+    assert command.complete("--resume", *dynamic)["weights_digest"] == digest
+    assert max(record["sampling/rounds"] or 0 for record in read_metrics(command.run)) > 1

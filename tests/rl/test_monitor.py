@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from rl.monitor import Monitor, read_json_lines, read_metrics, replace_text, step_line
 
@@ -59,7 +60,9 @@ def test_values_that_are_not_finite_become_null_and_are_counted(
     assert "policy/loss=nan, policy/grad_norm=inf" in caplog.text
 
 
-def test_tensorboard_shows_the_steps_that_count_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_shows_the_steps_that_count_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run is another process. In one process and second, TensorBoard orders files by a counter, as text."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     crashed = Monitor(tmp_path)
     for step, reward in ((1, 0.125), (2, 0.25), (3, 0.75)):
         crashed.log(step, {"reward/mean": reward})
@@ -154,7 +157,7 @@ def test_the_console_gets_one_plain_line_a_step(tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, Console(file=log, width=20), steps=40)
     metrics = {
         "reward/mean": 0.6123,
-        "eval/mean@8": 0.5,
+        "eval/avg@8": 0.5,
         "rollout/tokens_per_second": 21300.4,
         "mismatch/tokens_unequal": 0,
         "mismatch/tokens_compared": 23511,

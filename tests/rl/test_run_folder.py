@@ -50,8 +50,8 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_json_is_written_where_it_belongs(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path)
-    folder.write_json(folder.evaluation(7), {"mean@8": 0.5})
-    assert json.loads((tmp_path / "evaluation" / "step_000007.json").read_text()) == {"mean@8": 0.5}
+    folder.write_json(folder.evaluation(7), {"avg@8": 0.5})
+    assert json.loads((tmp_path / "evaluation" / "step_000007.json").read_text()) == {"avg@8": 0.5}
     assert folder.rollouts(7) == tmp_path / "rollouts" / "step_000007.jsonl"
 
 

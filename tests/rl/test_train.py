@@ -1,6 +1,7 @@
 """Whole runs in this process, without Ray: the bits they end in, resume, a mismatch, a full disk."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 
 from policy.checkpoint import DTYPES, load_policy
+from reward.composite import RewardInput
 from rl.actors import policy_digest
 from rl.base_policy import cache_folder
 from rl.data_columns import Row
@@ -45,7 +47,7 @@ def test_every_step_learns_and_no_bit_differs(finished_run: Path) -> None:
     assert all((record["mismatch/full_vocab_rows"] or 0) > 10 for record in records)
     assert sum((record["policy/grad_norm"] or 0) > 0 for record in records) > STEPS / 2
     assert all(record["policy/ratio_max"] == 1.0 and record["policy/approx_kl"] == 0.0 for record in records)
-    assert [record["step"] for record in records if "eval/mean@2" in record] == [2]
+    assert [record["step"] for record in records if "eval/avg@2" in record] == [2]
 
 
 def test_training_changed_the_base_policy(finished_run: Path, local: list[LocalSystem], tmp_path: Path) -> None:
@@ -63,14 +65,14 @@ def test_how_it_was_sampled_changes_no_bit(finished_run: Path, local: list[Local
 
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C in the step after `step`, once it has been sampled."""
-    score = LocalSystem.score
+    rewards = LocalSystem.rewards
 
-    def interrupted(self: LocalSystem, items: list[tuple[str, str]]) -> Any:
+    def interrupted(self: LocalSystem, inputs: list[RewardInput]) -> Any:
         if self.trainer.target.trainer.policy_version == step:
             raise KeyboardInterrupt
-        return score(self, items)
+        return rewards(self, inputs)
 
-    monkeypatch.setattr(LocalSystem, "score", interrupted)
+    monkeypatch.setattr(LocalSystem, "rewards", interrupted)
 
 
 def test_interrupted_and_resumed_ends_in_the_same_bits(
@@ -121,6 +123,8 @@ def test_resume_accepts_what_cannot_change_a_bit(local: list[LocalSystem], tmp_p
         "rollout.memory_mb": "33",
         "ray.address": "elsewhere",
         "reward.workers": "2",
+        "reward.max_failure_fraction": "0.5",
+        "reward.failure_window": "2",
         "loop.checkpoint_every": "2",
         "loop.keep_checkpoints": "1",
         "loop.rollouts_saved": "1",
@@ -132,7 +136,7 @@ def test_resume_accepts_what_cannot_change_a_bit(local: list[LocalSystem], tmp_p
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, faster: torch.dtype, cores: int) -> None:
-    def choose(setting: str) -> tuple[torch.dtype, str]:
+    def choose(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
         return (faster, "measured") if setting == "auto" else (DTYPES[setting], "asked")
 
     monkeypatch.setattr("rl.train.choose_dtype", choose)
@@ -245,6 +249,11 @@ def test_a_full_disk_in_mid_run_leaves_a_run_that_goes_on(
 
 def test_a_row_asked_twice_in_a_step_draws_twice(tmp_path: Path) -> None:
     rows = [Prompt(Row(str(index), "p", "1", "s"), index, "p", np.array([3, 4])) for index in range(3)]
-    requests = step_requests(tiny_recipe(tmp_path), 7, [rows[2], rows[0], rows[2], rows[2]], num_rows=3)
+    asked = Counter[int]()
+    requests = step_requests(tiny_recipe(tmp_path), 7, [rows[2], rows[0], rows[2], rows[2]], 3, asked)
     assert [request.prompt for request in requests] == [2, 0, 5, 8]
     assert [request.request_id for request in requests] == [0, 1, 2, 3]
+    assert any(request.full_vocab_samples for request in requests)
+    again = step_requests(tiny_recipe(tmp_path), 7, [rows[2], rows[1]], 3, asked)
+    assert [request.prompt for request in again] == [11, 1]
+    assert not any(request.full_vocab_samples for request in again)

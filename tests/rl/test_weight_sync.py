@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from policy.checkpoint import tensor_digest, weights_digest
+from policy.digest import tensor_digest, weights_digest
 from rl.weight_sync import WeightPackage, pack_weights, unpack_weights
 
 TENSORS = {

@@ -12,8 +12,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+import ops
 from policy.config import PolicyConfig
 from policy.transformer import Policy
+from reward.composite import Reward
 from reward.result import Reason, RewardResult
 from rl.actors import EngineActor, RewardActor, TrainerActor
 from rl.config import Recipe, load_recipe
@@ -29,6 +31,7 @@ RECIPE = """
 name: tiny
 seed: 0
 policy:
+  device: cpu
   dtype: float32
   config:
     model_type: bailing_moe_linear
@@ -92,7 +95,8 @@ class LocalSystem(System):
     """Every actor in this process."""
 
     def __enter__(self) -> Self:
-        self.trainer, self.reward = LocalActor(TrainerActor(1)), LocalActor(RewardActor(self.recipe.reward))
+        self.trainer = LocalActor(TrainerActor(1, "cpu", self.recipe.ops.fast))
+        self.reward = LocalActor(RewardActor(self.recipe.reward))
         return self
 
     def __exit__(
@@ -100,10 +104,12 @@ class LocalSystem(System):
     ) -> None:
         self.reward.target.pool.close()
         torch.use_deterministic_algorithms(False)
+        ops.use_fast([])
 
     def start_engines(self, config: PolicyConfig, dtype: torch.dtype) -> None:
         rollout = self.recipe.rollout
-        self.engines = [LocalActor(EngineActor(config, dtype, rollout, 1)) for _ in range(rollout.workers)]
+        settings = (config, dtype, rollout, 1, "cpu", self.recipe.ops.fast)
+        self.engines = [LocalActor(EngineActor(*settings)) for _ in range(rollout.workers)]
 
     def call(self, what: str, *references: Any) -> list[Any]:
         return list(references)
@@ -134,6 +140,12 @@ def make_completion(request_id: int, sample: int, ids: tuple[int, ...], finish_r
 def make_scored(
     prompt: Prompt, sample: int, ids: tuple[int, ...], reason: Reason, advantage: float, finish_reason: str = "stop"
 ) -> Scored:
-    extracted = None if reason is Reason.NO_ANSWER else "7"
     completion = make_completion(prompt.index, sample, ids, finish_reason)
-    return Scored(prompt, completion, "so \\boxed{7}", RewardResult.of(reason, extracted, 0.5), advantage)
+    return Scored(prompt, completion, "so \\boxed{7}", make_reward(reason), advantage)
+
+
+def make_reward(reason: Reason, message: str = "") -> Reward:
+    """The reward of a recipe that names no component."""
+    verdict = RewardResult.of(reason, None if reason is Reason.NO_ANSWER else "7", 0.5)
+    value = None if verdict.is_failure else verdict.score
+    return Reward(value, {"correctness": value}, verdict, reason, message)
