@@ -77,7 +77,8 @@ def _use(asked: list[list[str]], names: tuple[str, ...]) -> None:
     ops.use_fast(names)
 
 
-def test_doctor_says_which_path_each_operator_takes() -> None:
+def test_doctor_says_which_path_each_operator_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl.doctor_paths.choose_device", lambda setting: torch.device("cpu"))
     checks = list(path_checks())
     assert [check.name for check in checks] == [f"{operator}, path" for operator in OPERATORS]
     assert {(check.status, check.detail) for check in checks} == {("ok", "torch (cpu has no Triton)")}

@@ -3,8 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from ops.dispatch import Path, force
+
+# The interpreter's own tests; on a GPU there is none.
+collect_ignore = ["test_interpreter.py"] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(autouse=True)
