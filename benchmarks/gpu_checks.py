@@ -58,7 +58,8 @@ def read_tests(junit: str) -> dict[str, Outcome]:
     for case in ElementTree.fromstring(junit).iter("testcase"):
         # A file that cannot be imported is a nameless class, and its path the name.
         where = (case.get("classname") or case.get("name") or "").replace("/", ".").removesuffix(".py")
-        operator = next((part.removeprefix("test_") for part in where.split(".") if part.startswith("test_")), where)
+        parts = reversed(where.split("."))
+        operator = next((part.removeprefix("test_") for part in parts if part.startswith("test_")), where)
         tests = found.setdefault(operator, Outcome())
         if case.find("failure") is not None or case.find("error") is not None:
             tests.failed.append(case.get("name", ""))
