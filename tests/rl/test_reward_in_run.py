@@ -56,6 +56,7 @@ def interrupted_after(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalSystem, "rewards", interrupted)
 
 
+@pytest.mark.slow
 def test_a_composed_reward_decides_the_same_bits_every_time(local: list[LocalSystem], tmp_path: Path) -> None:
     """Again with other workers and batches, interrupted and resumed; alarm and all."""
     first, second = tmp_path / "first", tmp_path / "second"

@@ -25,7 +25,7 @@ def _triton_path() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_engine_and_trainer_agree_bit_for_bit(dtype: torch.dtype) -> None:
     """Prompts that end before, at and after the edge of a chunk; samples that cross it; one packed training batch."""
     policy = copy.deepcopy(make_policy(group=3, dtype=dtype)).to(DEVICE)
