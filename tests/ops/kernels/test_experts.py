@@ -1,5 +1,7 @@
 """experts in Triton: where rows go, every output and gradient, rows alone, FP8."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -134,6 +136,25 @@ def test_fp8_output_of_a_token_does_not_depend_on_its_batch() -> None:
     stacked = [ops.quantize_weight(w.flatten(0, 1).to(DEVICE)) for w in (gate_up, down)]
     run = lambda x, i, w: (ops.fp8_experts(x, *stacked, i, w, 4),)  # noqa: E731
     assert_rows_alone(run, [t.to(DEVICE) for t in (x, ids, weights)], counts=(1, 17, 64))
+
+
+def test_padding_rows_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that kernels are given is full of NaN, and no NaN comes out."""
+    ids, (x, gate_up, down, weights) = fp8_made(5)
+    stacked = [ops.quantize_weight(w.flatten(0, 1).to(DEVICE)) for w in (gate_up, down)]
+    module = sys.modules["ops.experts"]
+    plain = module.like
+
+    def poisoned(x: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        y = plain(x, *shape, dtype=dtype)
+        return y.fill_(float("nan")) if dtype.is_floating_point and dtype.itemsize > 1 else y
+
+    arguments = [t.to(DEVICE) for t in (x, ids, weights)]
+    want = ops.fp8_experts(arguments[0], *stacked, *arguments[1:], 4)
+    monkeypatch.setattr(module, "like", poisoned)
+    assert torch.equal(ops.fp8_experts(arguments[0], *stacked, *arguments[1:], 4), want)
+    y = ops.experts(arguments[0], gate_up.to(DEVICE), down.to(DEVICE), *arguments[1:], torch.bfloat16)
+    assert bool(torch.isfinite(y).all())
 
 
 def test_fp8_refuses_blocks_that_span_two_experts() -> None:
