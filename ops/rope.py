@@ -7,6 +7,7 @@ Rotary position embedding, NeoX halves: the first R of d dimensions turn, the re
 for i < R/2 and the angle a = position * theta^(-2i/R). FP32 inside (design A5).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,15 @@ from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
 from ops.rms_norm import rms_norm, rms_norm_reference
 
 
-def rope_table(max_positions: int, rotary_dim: int, theta: float) -> Tensor:
-    """FP32 [max_positions, 2, R/2]: cosines and sines, rounded once from FP64: the same table on every machine."""
+def rope_table(
+    max_positions: int, rotary_dim: int, theta: float, stretch: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """FP32 [max_positions, 2, R/2]: cosines and sines, rounded once from FP64: the same table on every machine.
+
+    stretch: what a longer context makes of the angles per position, FP64 [R/2].
+    """
     inverse = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    inverse = inverse if stretch is None else stretch(inverse)
     angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * inverse
     return torch.stack([angles.cos(), angles.sin()], dim=1).float()
 

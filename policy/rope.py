@@ -1,12 +1,9 @@
-"""Rotary angles of a policy: plain, or stretched for a longer context as Llama 3.1 does."""
+"""Rotary angles stretched for a longer context, as Llama 3.1 does."""
 
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-import ops
 
 
 @dataclass(frozen=True)
@@ -36,12 +33,3 @@ class Llama3Scaling:
         turns = self.original_max_position_embeddings * inverse / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
         return inverse * (kept + (1.0 - kept) / self.factor)
-
-
-def rope_table(max_positions: int, rotary_dim: int, theta: float, scaling: Llama3Scaling | None) -> Tensor:
-    """FP32 [max_positions, 2, R/2], as `ops.rope_table`: computed in FP64 and rounded once."""
-    if scaling is None:
-        return ops.rope_table(max_positions, rotary_dim, theta)
-    inverse = scaling.stretch(theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim))
-    angles = torch.arange(max_positions, dtype=torch.float64)[:, None] * inverse
-    return torch.stack([angles.cos(), angles.sin()], dim=1).float()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import ops
 from policy.cache import CacheView
 from policy.config import PolicyConfig
-from policy.rope import rope_table
 
 
 class _Round(torch.autograd.Function):
@@ -197,7 +196,8 @@ class Policy(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         head = torch.empty(config.vocab_size, config.hidden_size)
         self.lm_head = self.word_embeddings if config.tie_word_embeddings else nn.Parameter(head)
-        table = rope_table(config.max_position_embeddings, config.rotary_dim, config.rope_theta, config.rope_scaling)
+        stretch = config.rope_scaling.stretch if config.rope_scaling else None
+        table = ops.rope_table(config.max_position_embeddings, config.rotary_dim, config.rope_theta, stretch)
         self.register_buffer("rope_table", table, persistent=False)
 
     def forward(self, input_ids: Tensor, layout: ops.ChunkLayout, cache: CacheView | None = None) -> Tensor:

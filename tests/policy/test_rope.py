@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import ops
-from policy.rope import Llama3Scaling, rope_table
+from policy.rope import Llama3Scaling
 
 SCALING = Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 
@@ -34,15 +34,11 @@ def test_angles_are_those_of_transformers() -> None:
 
 def test_table_is_rounded_once() -> None:
     """Position 100,000, the fastest pair, which the scaling keeps: cosine and sine of 100,000 radians."""
-    table = rope_table(100_001, 128, 500000.0, SCALING)
+    table = ops.rope_table(100_001, 128, 500000.0, SCALING.stretch)
     assert (table.shape, table.dtype) == ((100_001, 2, 64), torch.float32)
     assert table[100_000, :, 0].tolist() == torch.tensor([math.cos(1e5), math.sin(1e5)]).tolist()
     slowest = 1e5 * 500000.0 ** (-126 / 128) / 8
     assert table[100_000, :, 63].tolist() == torch.tensor([math.cos(slowest), math.sin(slowest)]).tolist()
-
-
-def test_without_scaling_it_is_the_plain_table() -> None:
-    assert torch.equal(rope_table(50, 32, 10000.0, None), ops.rope_table(50, 32, 10000.0))
 
 
 @pytest.mark.parametrize(
