@@ -10,12 +10,18 @@ GREEDY = 0.0
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """temperature 0 is greedy; top_p 1 and top_k 0 leave the distribution whole."""
+    """temperature 0 is greedy; top_p 1, top_k 0 and min_p 0 leave the distribution whole."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    min_new_tokens: int = 0  # no stop token is drawn before
+    stop_token_ids: tuple[int, ...] = ()  # besides the policy's own
+    stop_strings: tuple[str, ...] = ()
+    top_log_probs: int = 0  # most likely tokens kept beside each sampled one
+    processed_log_probs: bool = False  # keep the log-probs after top_k, top_p and min_p too
 
     def __post_init__(self) -> None:
         _require(
@@ -65,6 +71,10 @@ class Completion:
     policy_versions: np.ndarray  # int64 [n], version of the weights each token was drawn with
     finish_reason: str  # stop, length or abort
     full_log_probs: np.ndarray | None = None  # float32 [n, V]
+    processed_log_probs: np.ndarray | None = None  # float32 [n], of the truncated and renormalised distribution
+    top_token_ids: np.ndarray | None = None  # int64 [n, k], most likely first
+    top_log_probs: np.ndarray | None = None  # float32 [n, k], like log_probs
+    routed_experts: np.ndarray | None = None  # int16 [tokens of the sequence - 1, MoE layers, experts of a token]
 
     @classmethod
     def unstarted(cls, request: Request, sample: int) -> "Completion":
