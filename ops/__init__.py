@@ -1,8 +1,8 @@
 """The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
 
 from ops.cross_entropy import cross_entropy, cross_entropy_reference
-from ops.dispatch import FAST_FORMS, explain, use_fast
-from ops.experts import experts, experts_reference, fp8_experts
+from ops.dispatch import FAST_FORMS, explain, is_fast, use_fast
+from ops.experts import experts, experts_reference, fp8_experts, trained_fp8_experts
 from ops.fp8 import (
     Fp8Weight,
     Quantized,
@@ -28,8 +28,8 @@ from ops.rms_norm import (
     rms_norm_reference,
 )
 from ops.rope import qk_norm_rope, qk_norm_rope_reference, rope_reference, rope_table
-from ops.router import route, route_reference
-from ops.sampling import addressed_uniform, philox, sample, sample_reference
+from ops.router import expert_weights, route, route_reference
+from ops.sampling import addressed_uniform, most_likely, philox, sample, sample_reference
 from ops.softmax_attention import PagedCache, softmax_attention, softmax_attention_reference
 from ops.swiglu import swiglu, swiglu_reference
 
@@ -46,6 +46,7 @@ __all__ = [
     "clip_gradients",
     "cross_entropy",
     "cross_entropy_reference",
+    "expert_weights",
     "experts",
     "experts_reference",
     "explain",
@@ -58,12 +59,14 @@ __all__ = [
     "gradient_norm_reference",
     "grouped_rms_norm_gate",
     "grouped_rms_norm_gate_reference",
+    "is_fast",
     "lightning_attention",
     "lightning_attention_reference",
     "linear",
     "linear_reference",
     "log_probs",
     "log_probs_reference",
+    "most_likely",
     "philox",
     "qk_norm_rope",
     "qk_norm_rope_reference",
@@ -85,5 +88,6 @@ __all__ = [
     "swiglu_fp8_linear",
     "swiglu_quantize",
     "swiglu_reference",
+    "trained_fp8_experts",
     "use_fast",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops import lm_head
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
 from ops.log_probs import ROW_BLOCK, log_probs, logit_blocks, row_statistics, softmax_gradient_
@@ -91,5 +92,5 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: 
     nats, an FP32 scalar, differentiable once in hidden and weight."""
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return -(row_weights * log_probs(hidden, weight, targets, 1.0, dtype)[0]).sum()
-    loss: Tensor = _CrossEntropy.apply(hidden, weight, targets, row_weights, dtype)
+    loss: Tensor = apply(_CrossEntropy, hidden, weight, targets, row_weights, dtype)
     return loss

@@ -70,6 +70,11 @@ def use_fast(operators: Iterable[str]) -> None:
     _fast = names
 
 
+def is_fast(operator: str) -> bool:
+    """Has `use_fast` given up alignment in it?"""
+    return operator in _fast
+
+
 @contextmanager
 def force(path: Path) -> Iterator[None]:
     """For tests: every operator takes `path`, wherever its tensors are."""

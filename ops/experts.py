@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
-from ops.fp8 import GROUP, Fp8Weight, Quantized, quantize_rows, swiglu_quantize
+from ops.fp8 import GROUP, Fp8Weight, Quantized, quantize_rows, quantize_weight, swiglu_quantize
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
 from ops.linear import grouped_linear, padded_rows
 from ops.swiglu import swiglu
@@ -49,8 +50,8 @@ def _torch_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype
 ) -> Tensor:
     rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
-    hidden = swiglu(grouped_linear(_Permute.apply(x.to(dtype), rows.source, rows.place), gate_up, rows.counts, dtype))
-    y: Tensor = _Combine.apply(grouped_linear(hidden, down, rows.counts, dtype), weights, rows.source, rows.place)
+    hidden = swiglu(grouped_linear(apply(_Permute, x.to(dtype), rows.source, rows.place), gate_up, rows.counts, dtype))
+    y: Tensor = apply(_Combine, grouped_linear(hidden, down, rows.counts, dtype), weights, rows.source, rows.place)
     return y
 
 
@@ -397,8 +398,8 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tens
     if choose("experts", x) is not Path.TRITON:
         return _torch_experts(x, gate_up, down, ids, weights, dtype)
     plan = _plan(ids, gate_up.shape[0])
-    hidden = swiglu(_GroupedLinear.apply(x, gate_up, plan, True, dtype))
-    y: Tensor = _SumSlots.apply(_GroupedLinear.apply(hidden, down, plan, False, dtype), weights, plan)
+    hidden = swiglu(apply(_GroupedLinear, x, gate_up, plan, True, dtype))
+    y: Tensor = apply(_SumSlots, apply(_GroupedLinear, hidden, down, plan, False, dtype), weights, plan)
     return y
 
 
@@ -468,5 +469,30 @@ def _dequantized_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, 
     hidden = grouped_linear(x, gate_up, rows.counts, torch.float32).bfloat16()
     hidden = swiglu_quantize(hidden).dequantize(down.shape[2])
     y = grouped_linear(hidden, down, rows.counts, torch.float32).bfloat16()
-    combined: Tensor = _Combine.apply(y, weights, rows.source, rows.place)
+    combined: Tensor = apply(_Combine, y, weights, rows.source, rows.place)
     return combined
+
+
+class _TrainedFp8Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate_up, down, weights, ids)
+        gate_up_fp8, down_fp8 = (quantize_weight(weight.flatten(0, 1)) for weight in (gate_up, down))
+        return fp8_experts(x, gate_up_fp8, down_fp8, ids, weights, len(gate_up))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, ids = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [each.detach().requires_grad_() for each in inputs]
+            x, gate_up, down, weights = leaves
+            y = experts(x, gate_up, down, ids, weights, torch.bfloat16)
+        by_x, by_gate_up, by_down, by_weights = torch.autograd.grad(y, leaves, grad)
+        return by_x, by_gate_up, by_down, None, by_weights
+
+
+def trained_fp8_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """`fp8_experts` of weights gate_up [E, 2F, D] and down [E, D, F] that are not quantised yet, with gradients: those
+    of `experts` in BF16 at the same place, as quantisation has none of its own (straight through)."""
+    y: Tensor = apply(_TrainedFp8Experts, x, gate_up, down, ids, weights)
+    return y

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
@@ -385,17 +386,17 @@ def fp8_linear(x: Tensor, weight: Tensor, recompute: bool = False) -> Tensor:
     recompute: keep x for the backward pass, which quantises it again, instead of its transposed e4m3 values: right
     where x is kept anyway.
     """
-    y: Tensor = _Fp8Linear.apply(x.reshape(-1, x.shape[-1]), weight, None, 0.0, Producer.NONE, recompute)
+    y: Tensor = apply(_Fp8Linear, x.reshape(-1, x.shape[-1]), weight, None, 0.0, Producer.NONE, recompute)
     return y.view(*x.shape[:-1], -1)
 
 
 def rms_norm_fp8_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
     """fp8_linear(rms_norm(x)) for x [T, K]: keeps x alone, forward emits rows only, backward the transposed only."""
-    y: Tensor = _Fp8Linear.apply(x, weight, norm_weight, eps, Producer.RMS_NORM, True)
+    y: Tensor = apply(_Fp8Linear, x, weight, norm_weight, eps, Producer.RMS_NORM, True)
     return y
 
 
 def swiglu_fp8_linear(gate_up: Tensor, weight: Tensor) -> Tensor:
     """fp8_linear(swiglu(gate_up)) for gate_up [T, 2K]: keeps gate_up alone."""
-    y: Tensor = _Fp8Linear.apply(gate_up, weight, None, 0.0, Producer.SWIGLU, True)
+    y: Tensor = apply(_Fp8Linear, gate_up, weight, None, 0.0, Producer.SWIGLU, True)
     return y

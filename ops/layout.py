@@ -11,9 +11,10 @@ so on, sequences with most tiles first. A scan over chunks is then a walk over c
 Letters: S sequences, T tokens, N tiles, C chunk length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +67,9 @@ class ChunkLayout:
     @classmethod
     def build(
         cls,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         chunk_size: int,
-        starts: Sequence[int] | None = None,
+        starts: Sequence[int] | np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> "ChunkLayout":
         """lengths, starts: [S] ints, lengths >= 1. Raises ValueError for an empty batch or sequence."""
@@ -105,6 +106,33 @@ class ChunkLayout:
         )
 
     @cached_property
+    def parts(self) -> "tuple[LayoutPart, ...]":
+        """Sequences that bring a single token, and the others, apart: on a CPU the former need no tile of queries."""
+        single = self.lengths == 1
+        if single.all() or not single.any():
+            return (LayoutPart(np.arange(len(self.lengths)), torch.arange(self.num_tokens), self),)
+        return tuple(self._part(np.flatnonzero(chosen)) for chosen in (single, ~single))
+
+    def _part(self, sequences: np.ndarray) -> "LayoutPart":
+        lengths = self.lengths[sequences]
+        shift = np.cumsum(self.lengths)[sequences] - np.cumsum(lengths)
+        tokens = torch.from_numpy(np.arange(lengths.sum()) + np.repeat(shift, lengths))
+        return LayoutPart(
+            sequences, tokens, ChunkLayout.build(lengths, self.chunk_size, self.starts[sequences], self.device)
+        )
+
+    def planned(self, name: Hashable, source: object, build: Callable[[], Any]) -> Any:
+        """What `build` makes of this layout and `source`, which must not change: once for all layers of a forward."""
+        known = self._plans.get((name, id(source)))
+        if known is None:
+            known = self._plans[name, id(source)] = source, build()
+        return known[1]
+
+    @cached_property
+    def _plans(self) -> dict[tuple[Hashable, int], tuple[object, Any]]:
+        return {}
+
+    @cached_property
     def tables(self) -> TileTables:
         parts = {
             "begins": np.cumsum(self.lengths) - self.lengths,
@@ -136,6 +164,15 @@ class ChunkLayout:
         _, heads, _, dim = tiles.shape
         flat = tiles.transpose(1, 2).reshape(-1, heads * dim)
         return flat.index_select(0, self.token_slot).view(-1, heads, dim)
+
+
+@dataclass(frozen=True)
+class LayoutPart:
+    """Some sequences of a batch, with a layout of their own."""
+
+    sequences: np.ndarray  # their numbers, ascending
+    tokens: Tensor  # int64, places of their tokens in the packed batch, ascending
+    layout: ChunkLayout
 
 
 def _sequence_tiles(order: np.ndarray, tiles: np.ndarray, rank_first: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned
 from ops.matmul import multiply, weight_gradient
@@ -40,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """x [..., K], weight [N, K] -> [..., N] in `dtype`. Gradients come back in the dtypes of x and weight."""
     if choose("linear", x) is Path.FAST:
         return F.linear(x.to(dtype), weight.to(dtype))
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype, dtype)
+    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -51,13 +52,13 @@ def fp32_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if choose("linear", x) is Path.FAST:
         return F.linear(x.float(), weight.to(dtype).float())
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, dtype, torch.float32)
+    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, torch.float32)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype) -> Tensor:
     """One linear layer per group: x [M, K] in groups of `counts` rows, weight [E, N, K] -> [M, N] in `dtype`."""
-    y: Tensor = _GroupedLinear.apply(x, weight, counts, dtype)
+    y: Tensor = apply(_GroupedLinear, x, weight, counts, dtype)
     return y
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import ALIGNMENT, aligned, jit, launch, like, tl, triton_dtype
 from ops.layout import ChunkLayout
@@ -114,6 +115,18 @@ def _torch_cached(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache
 ) -> Tensor:
     q, k, v = _scaled(q, k, v)
+    if len(layout.parts) == 1:
+        return _torch_part(q, k, v, decay, layout, cache)
+    o = torch.empty_like(q)
+    for part in layout.parts:  # single tokens at the cost of decoding, the rest as tiles
+        own = replace(cache, slots=cache.slots[torch.from_numpy(part.sequences)])
+        o[part.tokens] = _torch_part(q[part.tokens], k[part.tokens], v[part.tokens], decay, part.layout, own)
+    return o
+
+
+def _torch_part(
+    q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache
+) -> Tensor:
     slots = cache.slots[layout.sequence_order]
     keys, values = (_tiles_with_open_chunk(x, pool, layout, slots) for x, pool in ((k, cache.key), (v, cache.value)))
     state = _take(cache.state, slots)
@@ -608,7 +621,7 @@ def lightning_attention(
     On a GPU d and the chunk length are 16, 32, 64 or 128: ValueError for others.
     """
     if cache is None:
-        o: Tensor = _Lightning.apply(q, k, v, decay, layout)
+        o: Tensor = apply(_Lightning, q, k, v, decay, layout)
         return o
     path = choose("lightning_attention", q)
     if path is Path.FAST:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ops import lm_head
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
 from ops.linear import row_invariant_matmul
@@ -55,6 +56,17 @@ def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tup
         top = new_top
     log_sum = top + total.log()
     return chosen, log_sum, log_sum - weighted / total
+
+
+def _log_sum(blocks: list[Tensor]) -> Tensor:
+    """log sum exp of x, FP32 [T], with the bits of `row_statistics`."""
+    top = torch.full_like(blocks[0][:, 0], float("-inf"))
+    total = torch.zeros_like(top)
+    for x in blocks:
+        new_top = torch.maximum(top, x.amax(-1))
+        total = total * torch.exp(top - new_top) + (x - new_top.unsqueeze(1)).exp_().sum(-1)
+        top = new_top
+    return top + total.log()
 
 
 def softmax_gradient_(x: Tensor, first: int, targets: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
@@ -160,7 +172,7 @@ def log_probs(
 ) -> tuple[Tensor, Tensor]:
     """targets int64 [T] -> log-probs FP32 [T] (differentiable in hidden and weight), entropy FP32 [T] (in nats, no
     gradient). dtype: the working dtype, bfloat16 or float32, which W is rounded to."""
-    result: tuple[Tensor, Tensor] = _LogProbs.apply(hidden, weight, targets, per_row(temperature, hidden), dtype)
+    result: tuple[Tensor, Tensor] = apply(_LogProbs, hidden, weight, targets, per_row(temperature, hidden), dtype)
     return result
 
 
@@ -174,6 +186,6 @@ def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature, dty
         x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
-    blocks = list(logit_blocks(hidden, weight.to(dtype).float(), temperature))
-    _, log_sum, _ = row_statistics(blocks, torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device))
-    return torch.cat([x for _, x in blocks], dim=1).sub_(log_sum.unsqueeze(1))
+    blocks = [x for _, x in logit_blocks(hidden, weight.to(dtype).float(), temperature)]
+    log_sum = _log_sum(blocks).unsqueeze(1)
+    return blocks[0].sub_(log_sum) if len(blocks) == 1 else torch.cat([x.sub_(log_sum) for x in blocks], dim=1)

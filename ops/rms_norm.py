@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
@@ -189,7 +190,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if choose("rms_norm", x) is Path.FAST:
         return F.rms_norm(x.float(), x.shape[-1:], None, eps) * weight.float()
     weight = weight.view(-1, x.shape[-1])
-    y: Tensor = _RMSNorm.apply(x.reshape(-1, *weight.shape), None, weight, None, eps)[1]
+    y: Tensor = apply(_RMSNorm, x.reshape(-1, *weight.shape), None, weight, None, eps)[1]
     return y.view(x.shape)
 
 
@@ -198,7 +199,7 @@ def add_rms_norm(h: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     if choose("rms_norm", h) is Path.FAST:
         h = h + delta.float()
         return h, rms_norm(h, weight, eps)
-    total, y = _RMSNorm.apply(h.unsqueeze(1), delta.unsqueeze(1), weight.unsqueeze(0), None, eps)
+    total, y = apply(_RMSNorm, h.unsqueeze(1), delta.unsqueeze(1), weight.unsqueeze(0), None, eps)
     return total.squeeze(1), y.squeeze(1)
 
 
@@ -206,5 +207,5 @@ def grouped_rms_norm_gate(x: Tensor, weight: Tensor, gate: Tensor, groups: int, 
     """x, gate [..., D], weight [D], D divisible by `groups` -> FP32 [..., D]."""
     weight = weight.view(groups, -1)
     shape = (-1, *weight.shape)
-    y: Tensor = _RMSNorm.apply(x.reshape(shape), None, weight, gate.reshape(shape), eps)[1]
+    y: Tensor = apply(_RMSNorm, x.reshape(shape), None, weight, gate.reshape(shape), eps)[1]
     return y.view(x.shape)

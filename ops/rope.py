@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
 from ops.rms_norm import rms_norm, rms_norm_reference
@@ -88,7 +89,7 @@ def _torch_path(
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     rows = table.index_select(0, position_ids)
     qk = qk.float() if weight is None else rms_norm(qk, weight, eps)
-    turned: Tensor = _Rope.apply(qk, rows[:, 0, None], rows[:, 1, None])
+    turned: Tensor = apply(_Rope, qk, rows[:, 0, None], rows[:, 1, None])
     return *turned.split([heads, kv_heads], dim=1), v
 
 
@@ -245,7 +246,7 @@ def qk_norm_rope(
     if q_weight is not None and k_weight is not None:
         weight = torch.cat([q_weight.expand(heads, -1), k_weight.expand(kv_heads, -1)])
     if choose("qk_norm_rope", qkv) is Path.TRITON:
-        q, k, v = _QKNormRope.apply(qkv, weight, heads, table, position_ids, eps)
+        q, k, v = apply(_QKNormRope, qkv, weight, heads, table, position_ids, eps)
     else:
         q, k, v = _torch_path(qkv, weight, heads, table, position_ids, eps)
     return q, k, v

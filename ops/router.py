@@ -7,6 +7,9 @@
 The weights are made of unbiased scores. Ties go to the lowest index, and chosen experts come in ascending order, so
 neither the order of scores nor who else is in the batch moves a bit (design A2).
 
+`expert_weights` gives the weights of experts that were chosen elsewhere, with the bits that `route` would give them:
+routing replay (R3, 2510.11370), whose gradient reaches the router through the weights alone.
+
 Letters: T tokens, E experts in G groups of S, k experts per token.
 """
 
@@ -15,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
@@ -87,7 +91,7 @@ def _torch_route(
     scoring: Scoring,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    scores: Tensor = _Sigmoid.apply(logits) if scoring == "sigmoid" else _Softmax.apply(logits)
+    scores = _torch_scores(logits, scoring)
     with torch.no_grad():
         biased = (scores if bias is None else scores + bias).unflatten(-1, (num_groups, -1))
         best_two = biased.sort(dim=-1, descending=True).values[..., :2].sum(-1)
@@ -95,8 +99,17 @@ def _torch_route(
         mask = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
         candidates = biased.masked_fill(mask.unsqueeze(-1), float("-inf")).flatten(1)
         ids = _top(candidates, top_k).sort(dim=-1).values
+    return ids, _torch_weights(scores, ids, scale, renormalize)
+
+
+def _torch_weights(scores: Tensor, ids: Tensor, scale: float, renormalize: bool) -> Tensor:
     chosen = scores.gather(1, ids)
-    return ids, (chosen / (chosen.sum(-1, keepdim=True) + FLOOR) if renormalize else chosen) * scale
+    return (chosen / (chosen.sum(-1, keepdim=True) + FLOOR) if renormalize else chosen) * scale
+
+
+def _torch_scores(logits: Tensor, scoring: Scoring) -> Tensor:
+    scores: Tensor = apply(_Sigmoid, logits) if scoring == "sigmoid" else apply(_Softmax, logits)
+    return scores
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
@@ -177,6 +190,26 @@ def _forward_kernel(
 
 
 @jit("tokens")
+def _weights_kernel(
+    logits_ptr, ids_ptr, weights_ptr, tokens, scale,
+    E: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    scores, expert, _ = _scores(logits_ptr, token, tokens, E, BLOCK_E, E, BLOCK_E, SOFTMAX)
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for slot in tl.static_range(TOP_K):
+        chosen = tl.load(ids_ptr + token * TOP_K + slot, mask=token < tokens, other=-1)
+        total += tl.sum(tl.where(expert[None, :] == chosen[:, None], scores, 0.0), axis=1)
+    for slot in tl.static_range(TOP_K):
+        chosen = tl.load(ids_ptr + token * TOP_K + slot, mask=token < tokens, other=-1)
+        weight = tl.sum(tl.where(expert[None, :] == chosen[:, None], scores, 0.0), axis=1)
+        if RENORMALIZE:
+            weight = tl.div_rn(weight, total + 1e-20)
+        tl.store(weights_ptr + token * TOP_K + slot, weight * scale, mask=token < tokens)
+
+
+@jit("tokens")
 def _backward_kernel(
     logits_ptr, ids_ptr, grad_ptr, grad_logits_ptr, tokens, scale,
     E: tl.constexpr, TOP_K: tl.constexpr, SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -234,16 +267,41 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, ids = ctx.saved_tensors
-        tokens, experts = logits.shape
+        return _grad_logits(ctx, grad), None, None, None, None, None, None, None
+
+
+class _Weights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, scale: float, softmax: bool, renormalize: bool) -> Tensor:
+        logits, ids, (tokens, experts), top_k = aligned(logits), aligned(ids), logits.shape, ids.shape[1]
         block = next_power_of_two(experts)
         block_t = max(1, _TILE // block)
-        grad_logits = like(logits, tokens, experts)
+        weights = like(logits, tokens, top_k)
+        ctx.settings = {"TOP_K": top_k, "SOFTMAX": softmax, "RENORMALIZE": renormalize}
+        ctx.scale = scale
         launch(
-            _backward_kernel, (divide_up(tokens, block_t),), logits, ids, aligned(grad), grad_logits, tokens,
-            ctx.scale, E=experts, BLOCK_T=block_t, BLOCK_E=block, **ctx.settings,
+            _weights_kernel, (divide_up(tokens, block_t),), logits, ids, weights, tokens, scale, E=experts,
+            BLOCK_T=block_t, BLOCK_E=block, **ctx.settings,
         )  # fmt: skip
-        return grad_logits, None, None, None, None, None, None, None
+        ctx.save_for_backward(logits, ids)
+        return weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _grad_logits(ctx, grad), None, None, None, None
+
+
+def _grad_logits(ctx: Any, grad: Tensor) -> Tensor:
+    logits, ids = ctx.saved_tensors
+    tokens, experts = logits.shape
+    block = next_power_of_two(experts)
+    block_t = max(1, _TILE // block)
+    grad_logits = like(logits, tokens, experts)
+    launch(
+        _backward_kernel, (divide_up(tokens, block_t),), logits, ids, aligned(grad), grad_logits, tokens,
+        ctx.scale, E=experts, BLOCK_T=block_t, BLOCK_E=block, **ctx.settings,
+    )  # fmt: skip
+    return grad_logits
 
 
 def route(
@@ -258,8 +316,21 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """logits FP32 [T, E], bias FP32 [E] -> expert ids int64 [T, k] ascending, weights FP32 [T, k] (differentiable)."""
     if choose("route", logits) is Path.TRITON:
-        ids, weights = _Route.apply(
-            logits, bias, top_k, num_groups, top_groups, scale, scoring == "softmax", renormalize
+        ids, weights = apply(
+            _Route, logits, bias, top_k, num_groups, top_groups, scale, scoring == "softmax", renormalize
         )
         return ids, weights
     return _torch_route(logits, bias, top_k, num_groups, top_groups, scale, scoring, renormalize)
+
+
+def expert_weights(
+    logits: Tensor, ids: Tensor, scale: float, scoring: Scoring = "sigmoid", renormalize: bool = True
+) -> Tensor:
+    """logits FP32 [T, E], expert ids int64 [T, k] ascending -> weights FP32 [T, k] (differentiable in logits).
+
+    The bits of `route` where the ids are; of softmax scores on a GPU, as long as `route` had a single group.
+    """
+    if choose("route", logits) is Path.TRITON:
+        weights: Tensor = apply(_Weights, logits, ids, scale, scoring == "softmax", renormalize)
+        return weights
+    return _torch_weights(_torch_scores(logits, scoring), ids, scale, renormalize)

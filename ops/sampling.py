@@ -51,19 +51,21 @@ def sample_reference(log_probs: Tensor, uniform: float) -> int:
 def _torch_draw(
     rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """rows: log-probs FP32 [B, V] -> tokens int64 [B] and theirs."""
+    """rows: log-probs FP32 [B, V] -> tokens int64 [B] and their processed log-probs."""
     probabilities = rows.exp().double()
     if bool((top_p < 1).any() or (top_k > 0).any() or (min_p > 0).any()):
         probabilities = _truncate(probabilities, top_p, top_k, min_p)
     cumulative = probabilities.cumsum(-1)
     threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
-    tokens = (cumulative <= threshold).sum(-1).clamp_(max=rows.shape[1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=rows.shape[1] - 1)
+    chosen = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    processed = (chosen / cumulative[:, -1]).log().float()
     greedy = temperature == 0
     if bool(greedy.any()):
         vocabulary = torch.arange(rows.shape[1])
         best = torch.where(rows == rows.amax(-1, keepdim=True), vocabulary, rows.shape[1]).amin(-1)
-        tokens = torch.where(greedy, best, tokens)
-    return tokens, rows.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        tokens, processed = torch.where(greedy, best, tokens), processed.masked_fill(greedy, 0.0)
+    return tokens, processed
 
 
 def _truncate(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
@@ -158,24 +160,26 @@ def _limits(row_ptr, peak, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit()
 def _draw_kernel(
-    rows_ptr, temperature_ptr, top_p_ptr, top_k_ptr, min_p_ptr, uniform_ptr, token_ptr, log_prob_ptr,
+    rows_ptr, temperature_ptr, top_p_ptr, top_k_ptr, min_p_ptr, uniform_ptr, token_ptr, processed_ptr,
     V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = rows_ptr + row.to(tl.int64) * V
     largest, token = _most_likely(row_ptr, V, BLOCK)
+    processed = tl.zeros([], dtype=tl.float32)
     if tl.load(temperature_ptr + row) != 0.0:
         peak = tl.exp(largest)
         top_p, top_k = tl.load(top_p_ptr + row), tl.load(top_k_ptr + row).to(tl.int32)
         bits, last = -1, V
         if (top_p < 1.0) | (top_k > 0):
-            mass = tl.where(top_p < 1.0, top_p, float("inf")).to(tl.float64)
-            bits, last = _limits(row_ptr, peak, mass, tl.where(top_k > 0, top_k, V), V, BLOCK)
+            limit = tl.where(top_p < 1.0, top_p, float("inf")).to(tl.float64)
+            bits, last = _limits(row_ptr, peak, limit, tl.where(top_k > 0, top_k, V), V, BLOCK)
         floor = tl.minimum(tl.load(min_p_ptr + row), 1.0).to(tl.float64) * peak.to(tl.float64)
         total = tl.zeros([BLOCK], dtype=tl.float64)
         for first in tl.range(0, V, BLOCK, num_stages=4):
             total += _kept(row_ptr, first + tl.arange(0, BLOCK), bits, last, floor, V)
-        threshold = tl.load(uniform_ptr + row) * tl.sum(total, axis=0)
+        mass = tl.sum(total, axis=0)
+        threshold = tl.load(uniform_ptr + row) * mass
         token, end, before = V, 0, tl.zeros([], dtype=tl.float64)
         for first in tl.range(0, V, BLOCK, num_stages=4):
             column = first + tl.arange(0, BLOCK)
@@ -185,8 +189,9 @@ def _draw_kernel(
             end = tl.maximum(end, tl.max(tl.where(p > 0.0, column, 0), axis=0))
             before += tl.sum(p, axis=0)
         token = tl.minimum(token, end)  # where rounding left the threshold beyond the last sum
+        processed = tl.log((tl.exp(tl.load(row_ptr + token)).to(tl.float64) / mass).to(tl.float32))
     tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(log_prob_ptr + row, tl.load(row_ptr + token))
+    tl.store(processed_ptr + row, processed)
 
 
 _BLOCK = 4096
@@ -196,31 +201,55 @@ def _triton_draw(
     rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     batch, vocabulary = rows.shape
-    tokens, log_probs = like(rows, batch, dtype=torch.int64), like(rows, batch)
+    tokens, processed = like(rows, batch, dtype=torch.int64), like(rows, batch)
     settings = [aligned(x) for x in (temperature, top_p, top_k, min_p, uniform)]
     block = min(next_power_of_two(vocabulary), _BLOCK)
-    launch(_draw_kernel, (batch,), rows, *settings, tokens, log_probs, V=vocabulary, BLOCK=block, warps=8)
-    return tokens, log_probs
+    launch(_draw_kernel, (batch,), rows, *settings, tokens, processed, V=vocabulary, BLOCK=block, warps=8)
+    return tokens, processed
+
+
+def _without(rows: Tensor, top_p: Tensor, banned: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows with banned tokens impossible, and top_p of the mass that this leaves. Column by column: few are banned,
+    and a row's sum must not depend on the others."""
+    rows, left = rows.clone(), torch.ones_like(top_p)
+    for tokens in banned.unbind(1):
+        at = torch.nonzero(tokens >= 0).squeeze(1)
+        left[at] -= rows[at, tokens[at]].exp()
+        rows[at, tokens[at]] = float("-inf")
+    return rows, torch.where(top_p < 1, top_p * left, top_p)
 
 
 @torch.no_grad()
 def sample(
     hidden: Tensor, weight: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype: torch.dtype, banned: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Draws a token for each row.
 
     hidden FP32 [B, D], weight [V, D] rounded to `dtype`, temperature, top_p, min_p FP32 [B], top_k int64 [B] (0: all),
-    uniform FP64 [B] in [0, 1) -> tokens int64 [B], their log-probs FP32 [B] before any limit, log-probs of the whole
-    vocabulary FP32 [B, V]. Temperature 0 takes the most likely token, the lowest id among equals, with log-probs at
-    temperature 1.
+    uniform FP64 [B] in [0, 1), banned int64 [B, K] tokens that are not drawn (-1: none) -> tokens int64 [B], their
+    log-probs FP32 [B] before any limit, log-probs of the whole vocabulary FP32 [B, V], and the tokens' processed
+    log-probs FP32 [B]: of the distribution that is drawn from, limited and normalised again. Temperature 0 takes the
+    most likely token, the lowest id among equals, with log-probs at temperature 1 and a processed log-prob of 0.
 
     The limits: the top_k most likely tokens (ties to the lowest id), the fewest most likely tokens whose mass reaches
     top_p (Holtzman et al., 1904.09751), the tokens with at least min_p of the largest probability (2407.01082). Each is
-    measured on the distribution that the temperature makes, and a token must pass all three, so their order is nothing:
-    as SGLang has it ("joint"). Transformers (top-k, top-p, min-p) and vLLM (min-p, top-k, top-p) measure each on what
-    the one before has left, which is another set where top_p comes after another limit.
+    measured on the distribution that the temperature makes, without the banned tokens, and a token must pass all three,
+    so their order is nothing: as SGLang has it ("joint"). Transformers (top-k, top-p, min-p) and vLLM (min-p, top-k,
+    top-p) measure each on what the one before has left, which is another set where top_p comes after another limit.
     """
     rows = full_log_probs(hidden, weight, torch.where(temperature == 0, 1.0, temperature), dtype)
     draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _torch_draw
-    return *draw(rows, temperature, top_p, top_k, min_p, uniform), rows
+    allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
+    tokens, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
+    inside = tokens.clamp(0, rows.shape[1] - 1)  # a kernel that is compiled and not run leaves tokens undefined
+    return tokens, rows.gather(1, inside.unsqueeze(1)).squeeze(1), rows, processed
+
+
+def most_likely(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """rows FP32 [B, V] -> ids int64 [B, count], values FP32 [B, count]: largest first, the lowest id among equals."""
+    bits = rows.contiguous().view(torch.int32)
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # FP32 numbers in the order of integers
+    vocabulary = torch.arange(rows.shape[1] - 1, -1, -1, device=rows.device)
+    ids = rows.shape[1] - 1 - (((ascending << 32) | vocabulary).topk(count).values & 0xFFFFFFFF)
+    return ids, rows.gather(1, ids)

@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
 from ops.layout import ChunkLayout
 from ops.linear import BMM_MIN_ROWS, bmm
+from ops.softmax_decode import SEGMENT, DecodePiece, LongSequence, blocks_per_segment, decode, plan_decode
 
 MAX_SCORES = 1 << 24  # scores held at once (64 MiB); query tiles are taken in groups under it, which moves no bit
 
@@ -62,7 +64,8 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[i
     return torch.cat(outputs)
 
 
-# The CPU path: the row maximum is exact whatever the order; sums run inside a block, then over blocks as they ascend.
+# The CPU path: the row maximum is exact whatever the order; sums run inside a block, then over blocks as they ascend,
+# and over segments of blocks.
 
 
 def _torch_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -89,38 +92,52 @@ def _torch_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout
 def _torch_cached(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
     assert cache.key.dtype == cache.value.dtype == torch.float32, "the CPU path multiplies in FP32"
     _write_new_keys(k, v, layout, cache)
-    table, q = torch.as_tensor(cache.block_table).numpy(), q.float() * q.shape[-1] ** -0.5
-    pieces = _query_groups(layout, table, k.shape[1], q.shape[1] // k.shape[1])
-    if not layout.is_decode:
-        tiles = layout.into_tiles(q)
-        out = torch.empty_like(tiles)
-        rows = torch.arange(layout.chunk_size)[None, :, None]
-        for pairs in pieces:
-            out[pairs.query_tiles] = _forward(tiles, cache.key, cache.value, rows, pairs, layout)[0]
-        return layout.from_tiles(out)
-    copies = -(-BMM_MIN_ROWS // (q.shape[1] // k.shape[1]))
-    tiles = q[:, :, None].expand(-1, -1, copies, -1).contiguous()
+    q = q.float() * q.shape[-1] ** -0.5
+    if len(layout.parts) == 1:
+        return _torch_part(q, layout, cache, np.arange(len(layout.lengths)))
     out = torch.empty_like(q)
-    for pairs in pieces:
-        rows = layout.token_row[pairs.query_tiles][:, None, None]
-        out[pairs.query_tiles] = _forward(tiles, cache.key, cache.value, rows, pairs, layout)[0][:, :, 0]
+    for part in layout.parts:  # single tokens at the cost of decoding, the rest as tiles
+        out[part.tokens] = _torch_part(q[part.tokens], part.layout, cache, part.sequences)
     return out
 
 
+def _torch_part(q: Tensor, layout: ChunkLayout, cache: PagedCache, sequences: np.ndarray) -> Tensor:
+    """q FP32 [T, H, d], scaled: the tokens of `sequences`, whose layout this is."""
+    kv_heads, table = cache.key.shape[1], cache.block_table
+    if layout.is_decode:
+
+        def plan() -> tuple[DecodePiece | LongSequence, ...]:
+            most_pairs = MAX_SCORES // (kv_heads * BMM_MIN_ROWS * layout.chunk_size)
+            return plan_decode(layout, torch.as_tensor(table).numpy()[sequences], most_pairs)
+
+        return decode(q, cache.key, cache.value, layout.planned(("decode", kv_heads), table, plan))
+    tiles = layout.into_tiles(q)
+    out = torch.empty_like(tiles)
+    rows = torch.arange(layout.chunk_size)[None, :, None]
+    for pairs in _query_groups(layout, torch.as_tensor(table).numpy()[sequences], kv_heads, q.shape[1] // kv_heads):
+        out[pairs.query_tiles] = _forward(tiles, cache.key, cache.value, rows, pairs, layout)[0]
+    return layout.from_tiles(out)
+
+
 def _write_new_keys(k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> None:
+    places = layout.planned(("places", k.shape[1]), cache.block_table, partial(_places, k, layout, cache))
+    for new, pool in ((k, cache.key), (v, cache.value)):
+        pool.view(-1, pool.shape[3]).index_copy_(0, places, new.to(pool.dtype).reshape(-1, pool.shape[3]))
+
+
+def _places(k: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
+    """int64 [T * K]: where the new keys go among the rows of a pool."""
     sequence = torch.from_numpy(np.repeat(np.arange(len(layout.lengths)), layout.lengths)).to(k.device)
-    position = layout.position_ids
-    table = torch.as_tensor(cache.block_table, device=k.device)
-    blocks, rows = table[sequence, position // layout.chunk_size], position % layout.chunk_size
-    cache.key[blocks, :, rows] = k.to(cache.key.dtype)
-    cache.value[blocks, :, rows] = v.to(cache.value.dtype)
+    block, row = layout.position_ids // layout.chunk_size, layout.position_ids % layout.chunk_size
+    places = torch.as_tensor(cache.block_table, device=k.device)[sequence, block]
+    heads = places.unsqueeze(1) * k.shape[1] + torch.arange(k.shape[1], device=k.device)
+    return (heads * layout.chunk_size + row.unsqueeze(1)).flatten()
 
 
 def _query_groups(layout: ChunkLayout, block_table: np.ndarray, kv_heads: int, groups: int) -> list[_Pairs]:
     """Pairs of all query tiles, cut into pieces whose scores fit MAX_SCORES."""
     order = np.argsort(-layout.tile_chunk, kind="stable")
-    rows = BMM_MIN_ROWS if layout.is_decode else layout.chunk_size * groups
-    room = max(1, MAX_SCORES // (kv_heads * rows * layout.chunk_size))
+    room = max(1, MAX_SCORES // (kv_heads * layout.chunk_size * groups * layout.chunk_size))
     # The first tile sees the most key blocks, so it bounds what a piece of tiles needs.
     pieces, begin = [], 0
     while begin < len(order):
@@ -150,10 +167,11 @@ def _forward(
     scores = bmm(q.index_select(0, pairs.query), keys.index_select(0, pairs.key).transpose(2, 3))  # [P, K, G * R, C]
     scores = scores.unflatten(2, (heads // kv_heads, num_rows))
     _mask_own_tile(scores, rows, pairs, chunk)
-    top = _fold(scores.amax(-1), pairs, torch.maximum)
+    segment = blocks_per_segment(chunk)
+    top = _fold(scores.amax(-1), pairs, segment, torch.maximum)
     weights = scores.sub_(top.index_select(0, pairs.query).unsqueeze(-1)).exp_()
-    total = _fold(weights.sum(-1), pairs, torch.add)
-    out = _fold(bmm(weights.flatten(2, 3), values.index_select(0, pairs.key)), pairs, torch.add)
+    total = _fold(weights.sum(-1), pairs, segment, torch.add)
+    out = _fold(bmm(weights.flatten(2, 3), values.index_select(0, pairs.key)), pairs, segment, torch.add)
     out = out.view(-1, heads, num_rows, dim).div_(total.view(-1, heads, num_rows, 1))
     return out, (top + total.log()).view(-1, heads, num_rows)
 
@@ -168,12 +186,18 @@ def _mask_own_tile(scores: Tensor, rows: Tensor, pairs: _Pairs, chunk: int) -> N
     scores.index_copy_(0, own, scores.index_select(0, own).masked_fill_(future[:, None, None], float("-inf")))
 
 
-def _fold(parts: Tensor, pairs: _Pairs, combine: Any) -> Tensor:
-    """Merges the key blocks of each query tile in ascending order: [P, ...] -> [tiles, ...]."""
-    first, result = pairs.counts[0], parts[: pairs.counts[0]].clone()
-    for count in pairs.counts[1:]:
-        combine(result[:count], parts[first : first + count], out=result[:count])
-        first += count
+def _fold(parts: Tensor, pairs: _Pairs, segment: int, combine: Any) -> Tensor:
+    """Merges the key blocks of each query tile, [P, ...] -> [tiles, ...], in the order of `softmax_decode.fold`."""
+    result, first = parts[: pairs.counts[0]].clone(), 0
+    for begin in range(0, len(pairs.counts), segment):
+        counts = pairs.counts[begin : begin + segment]
+        total = parts[first : first + counts[0]].clone() if begin else result
+        later = parts[first + counts[0] : first + sum(counts)].split(counts[1:]) if counts[1:] else ()
+        for count, part in zip(counts[1:], later, strict=True):
+            combine(total[:count], part, out=total[:count])
+        if begin:
+            combine(result[: counts[0]], total, out=result[: counts[0]])
+        first += sum(counts)
     return result
 
 
@@ -214,7 +238,6 @@ def _backward_at_distance(
 # fill a GPU, a program takes one segment and a second kernel merges them: the same sums, hence the same bits. Exponents
 # and log-sums are those of 2. A weight is rounded to the operand type for its product, not for the sum of weights.
 
-SEGMENT = 1024  # positions; a multiple of every block length
 # Rows of a tile. BF16: two warpgroups load half the keys that one alone would. FP32 has no tensor cores to feed.
 ROWS = {torch.bfloat16: 128, torch.float32: 64}
 _MERGE_ROWS = 16
@@ -641,5 +664,5 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cach
         return _fast(q, k, v, layout, cache)
     if cache is not None:
         return (_triton_cached if path is Path.TRITON else _torch_cached)(q, k, v, layout, cache)
-    o: Tensor = _SoftmaxAttention.apply(q, k, v, layout, path)
+    o: Tensor = apply(_SoftmaxAttention, q, k, v, layout, path)
     return o

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
@@ -108,5 +109,5 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2F] -> [..., F]."""
-    y: Tensor = _SwiGLU.apply(gate_up)
+    y: Tensor = apply(_SwiGLU, gate_up)
     return y

@@ -18,6 +18,12 @@ def _weights(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return ops.route(logits, bias.detach(), *SETTINGS)[1]
 
 
+def _replayed(logits: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Weights of experts that are given, as in routing replay."""
+    ids = torch.arange(8, device=logits.device).expand(len(logits), 8).contiguous()
+    return ops.expert_weights(logits, ids, SETTINGS[-1])
+
+
 def _inputs(tokens: int) -> Callable[[torch.device], tuple[object, ...]]:
     return lambda device: (empty(tokens, EXPERTS)(device), empty(EXPERTS)(device))
 
@@ -30,5 +36,6 @@ CASES = [
         )
         for tokens in (8192, 64)
     ),
+    Case("router", "replay", "T8192 E256 k8", _inputs(8192), _replayed, bytes=8192 * (EXPERTS * 4 + 8 * 12.0)),
     Case("router", "both", "T8192 E256 k8", _inputs(8192), backward(_weights), bytes=8192 * (EXPERTS * 12 + 8 * 24.0)),
 ]  # fmt: skip

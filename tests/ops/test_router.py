@@ -87,3 +87,21 @@ def test_routing_of_a_token_does_not_depend_on_its_batch(scoring: str) -> None:
     bias = 0.1 * torch.randn(40)
     run = lambda x: ops.route(x, bias, 4, 5, 3, 2.5, scoring)  # noqa: E731
     assert_rows_do_not_depend_on_batch(run, torch.randn(ROWS, 40))
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_weights_of_given_experts_have_the_bits_of_route(scoring: str, renormalize: bool) -> None:
+    logits, grad = torch.randn(33, 24), torch.randn(33, 4)
+    ids, weights = ops.route(logits, None, 4, 1, 1, 2.5, scoring, renormalize)
+    assert torch.equal(ops.expert_weights(logits, ids, 2.5, scoring, renormalize), weights)
+    routed = differentiate(lambda x: ops.route(x, None, 4, 1, 1, 2.5, scoring, renormalize)[1], (logits,), grad)
+    given = differentiate(lambda x: ops.expert_weights(x, ids, 2.5, scoring, renormalize), (logits,), grad)
+    assert torch.equal(given.inputs[0], routed.inputs[0])
+
+
+def test_weights_of_experts_that_the_router_would_not_choose() -> None:
+    """Scores 3/4, 1/2, 1/4: the first two would win; of the last two the weights are 2/3 and 1/3, times 3."""
+    logits = torch.tensor([[math.log(3), 0.0, -math.log(3)]])
+    weights = ops.expert_weights(logits, torch.tensor([[1, 2]]), 3.0)
+    assert weights[0].tolist() == pytest.approx([2.0, 1.0])

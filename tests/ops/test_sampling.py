@@ -99,7 +99,7 @@ def test_row_equals_reference(seed: int, uniform: float, temperature: float) -> 
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(3, 8, generator=generator), torch.randn(29, 8, generator=generator)
     settings = torch.full((3,), temperature), torch.ones(3), torch.zeros(3, dtype=torch.long), torch.zeros(3)
-    tokens, _, rows = ops.sample(hidden, weight, *settings, torch.full((3,), uniform, dtype=torch.float64), FP32)
+    tokens, _, rows, _ = ops.sample(hidden, weight, *settings, torch.full((3,), uniform, dtype=torch.float64), FP32)
     assert tokens.tolist() == [ops.sample_reference(row, uniform) for row in rows]
 
 
@@ -112,7 +112,10 @@ def test_cumulative_distribution_is_walked_in_order() -> None:
 def test_greedy_takes_the_lowest_of_the_most_likely_at_temperature_one() -> None:
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [3.0], [3.0], [0.0]])
     settings = torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.long), torch.zeros(1)
-    token, log_prob, _ = ops.sample(hidden, weight, *settings, torch.tensor([0.999], dtype=torch.float64), FP32)
+    token, log_prob, _, processed = ops.sample(
+        hidden, weight, *settings, torch.tensor([0.999], dtype=torch.float64), FP32
+    )
+    assert processed.item() == 0.0
     assert token.item() == 1
     assert log_prob.item() == pytest.approx(-math.log(2 + math.exp(-2) + math.exp(-3)))
 
@@ -176,9 +179,63 @@ def test_draw_does_not_depend_on_the_batch() -> None:
 def test_recorded_log_prob_is_the_trainers() -> None:
     """Before top-p and top-k, at the row's temperature; a greedy row is recorded at temperature 1."""
     hidden, weight, temperature, *settings = made(60)
-    tokens, log_probs, rows = ops.sample(hidden, weight, temperature, *settings, FP32)
+    tokens, log_probs, rows, _ = ops.sample(hidden, weight, temperature, *settings, FP32)
     assert torch.equal(rows.gather(1, tokens[:, None]).squeeze(1), log_probs)
     for value in (0.0, 0.6, 1.0):
         chosen = temperature == torch.tensor(value)
         trained, _ = ops.log_probs(hidden[chosen], weight, tokens[chosen], value or 1.0, FP32)
         assert torch.equal(trained, log_probs[chosen])
+
+
+def processed(probabilities: list[float], uniform: float, banned: list[int] | None = None, **limits: float) -> tuple:
+    """The token drawn from one row, its probability among those that could have been, and its own log-prob."""
+    weight = torch.tensor([probabilities]).log().t().contiguous()
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, **limits}
+    arguments = (torch.tensor([value]) for value in settings.values())
+    ban = None if banned is None else torch.tensor([banned])
+    number = torch.tensor([uniform], dtype=torch.float64)
+    tokens, log_probs, _, processed = ops.sample(torch.eye(1), weight, *arguments, number, FP32, ban)
+    return tokens.item(), pytest.approx(processed.exp().item()), pytest.approx(log_probs.exp().item())
+
+
+@pytest.mark.parametrize(
+    ("limits", "uniform", "expected"),
+    [
+        ({}, 0.6, (1, 0.25, 0.25)),
+        ({"top_k": 2}, 0.7, (1, 0.25 / 0.75, 0.25)),
+        ({"top_p": 0.8}, 0.99, (2, 0.15 / 0.9, 0.15)),
+        ({"min_p": 0.5}, 0.1, (0, 0.5 / 0.75, 0.5)),
+        ({"temperature": 0.0}, 0.99, (0, 1.0, 0.5)),
+    ],
+)
+def test_processed_log_probs_are_those_of_what_could_be_drawn(limits: dict, uniform: float, expected: tuple) -> None:
+    assert processed([0.5, 0.25, 0.15, 0.1], uniform, **limits) == expected
+
+
+@pytest.mark.parametrize(
+    ("banned", "limits", "uniform", "expected"),
+    [
+        ([-1, -1], {}, 0.1, (0, 0.5, 0.5)),
+        ([0, -1], {}, 0.49, (1, 0.5, 0.25)),  # of 0.25, 0.15, 0.1 the first is half
+        ([0, 1], {}, 0.59, (2, 0.6, 0.15)),
+        ([0, 0], {}, 0.49, (1, 0.5, 0.25)),  # twice is once
+        ([0, -1], {"temperature": 0.0}, 0.9, (1, 1.0, 0.25)),
+        ([0, -1], {"top_k": 1}, 0.9, (1, 1.0, 0.25)),
+        ([0, -1], {"top_p": 0.5}, 0.99, (1, 1.0, 0.25)),  # half of what is left
+        ([0, -1], {"top_p": 0.51}, 0.99, (2, 0.15 / 0.4, 0.15)),
+        ([0, -1], {"min_p": 0.5}, 0.99, (2, 0.15 / 0.4, 0.15)),  # of the largest that is left
+    ],
+)
+def test_banned_tokens_are_not_drawn_and_the_log_prob_stays(banned, limits, uniform, expected) -> None:
+    assert processed([0.5, 0.25, 0.15, 0.1], uniform, banned, **limits) == expected
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12))
+def test_the_most_likely_are_the_first_of_a_stable_sort(seed: int, count: int) -> None:
+    """Among equals the lowest ids; also of numbers above 0, which rounding can make of a log-prob."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(-4, 2, (3, 12), generator=generator) * 0.5
+    ids, values = ops.most_likely(rows, count)
+    expected, order = rows.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(ids, order[:, :count])
+    assert torch.equal(values, expected[:, :count])

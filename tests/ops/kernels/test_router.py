@@ -49,3 +49,27 @@ def test_ties_go_to_the_lowest_index(settings: tuple[int, int, int]) -> None:
 def test_routing_of_a_token_does_not_depend_on_its_batch() -> None:
     bias = (0.1 * torch.randn(40)).to(DEVICE)
     assert_rows_alone(lambda x: ops.route(x, bias, 4, 5, 3, 2.5), [torch.randn(150, 40).to(DEVICE)])
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_weights_of_given_experts_have_the_bits_of_route(scoring: str, renormalize: bool) -> None:
+    logits, grad, groups = torch.randn(33, 24), torch.randn(33, 4), (8, 4) if scoring == "sigmoid" else (1, 1)
+    logits, grad = logits.to(DEVICE), grad.to(DEVICE)
+    route = lambda x: ops.route(x, None, 4, *groups, 2.5, scoring, renormalize)  # noqa: E731
+    ids = route(logits)[0]
+    routed = differentiate(lambda x: route(x)[1], (logits,), grad)
+    given = differentiate(lambda x: ops.expert_weights(x, ids, 2.5, scoring, renormalize), (logits,), grad)
+    assert torch.equal(given.output, routed.output)
+    assert torch.equal(given.inputs[0], routed.inputs[0])
+
+
+def test_weights_of_given_experts_follow_their_own_row() -> None:
+    ids = torch.stack([torch.randperm(24)[:4].sort().values for _ in range(33)]).to(DEVICE)
+    logits = torch.randn(33, 24).to(DEVICE)
+    together = ops.expert_weights(logits, ids, 2.5)
+    assert torch.equal(
+        torch.cat([ops.expert_weights(logits[n : n + 1], ids[n : n + 1], 2.5) for n in range(33)]), together
+    )
+    expected = logits.sigmoid().gather(1, ids)
+    assert_within(together.cpu(), (2.5 * expected / expected.sum(1, keepdim=True)).cpu(), 20 * U * together.cpu())
