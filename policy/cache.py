@@ -19,30 +19,47 @@ def key_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class CachePools:
-    """slots: sequences remembered at once; blocks: chunk-long key-value blocks for the softmax layers.
+    """slots: sequences remembered at once; blocks: chunk-long key-value blocks for the softmax layers; snapshots:
+    states at the end of some full chunk, kept beside the slots.
 
     States are FP32, keys and values `key_dtype`.
     """
 
-    def __init__(self, config: PolicyConfig, slots: int, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        slots: int,
+        blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        snapshots: int = 0,
+    ) -> None:
         kept = key_dtype(dtype, device)
         heads, dim, chunk = config.num_attention_heads, config.head_dim, config.chunk_size
-        state, open_chunk = (slots, heads, dim, dim), (slots, heads, chunk, dim)
+        state, open_chunk = (heads, dim, dim), (slots, heads, chunk, dim)
         block = (blocks, config.num_key_value_heads, chunk, dim)
         self.linear: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # state, keys, values of each lightning layer
+        self.snapshots: dict[int, Tensor] = {}  # of each lightning layer
         self.softmax: dict[int, tuple[Tensor, Tensor]] = {}  # keys, values of each softmax layer
         for layer in range(config.num_hidden_layers):
             if config.is_softmax(layer):
                 self.softmax[layer] = _zeros(block, kept, device), _zeros(block, kept, device)
             else:
                 keys, values = _zeros(open_chunk, kept, device), _zeros(open_chunk, kept, device)
-                self.linear[layer] = _zeros(state, torch.float32, device), keys, values
+                self.linear[layer] = _zeros((slots, *state), torch.float32, device), keys, values
+                self.snapshots[layer] = _zeros((snapshots, *state), torch.float32, device)
 
     @staticmethod
     def bytes_per_slot(config: PolicyConfig, kept: torch.dtype) -> int:
         layers = sum(not config.is_softmax(layer) for layer in range(config.num_hidden_layers))
         row = 4 * config.head_dim + 2 * kept.itemsize * config.chunk_size
         return layers * config.num_attention_heads * config.head_dim * row
+
+    @staticmethod
+    def bytes_per_snapshot(config: PolicyConfig) -> int:
+        """0 for a policy without lightning layers."""
+        layers = sum(not config.is_softmax(layer) for layer in range(config.num_hidden_layers))
+        return layers * config.num_attention_heads * config.head_dim**2 * torch.float32.itemsize
 
     @staticmethod
     def bytes_per_block(config: PolicyConfig, kept: torch.dtype) -> int:
@@ -53,6 +70,14 @@ class CachePools:
         """A new sequence starts from the zero state."""
         for state, _, _ in self.linear.values():
             state[slots] = 0.0
+
+    def keep_state(self, slot: int, snapshot: int) -> None:
+        for layer, (state, _, _) in self.linear.items():
+            self.snapshots[layer][snapshot] = state[slot]
+
+    def restore_state(self, snapshot: int, slot: int) -> None:
+        for layer, (state, _, _) in self.linear.items():
+            state[slot] = self.snapshots[layer][snapshot]
 
     def copy_slot(self, source: int, targets: list[int]) -> None:
         """Gives each target the state and open chunk of the source: how a group shares its prompt."""

@@ -90,6 +90,7 @@ def load_policy(
     dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     decay_layer_index: str | None = None,
+    fp8_linear: bool | None = None,
 ) -> Policy:
     """FP32 masters of the policy in a Hugging Face folder; all but the folder defaults to what the folder says.
 
@@ -97,7 +98,7 @@ def load_policy(
     working dtype where they are used, like any master. Raises ValueError naming the file when the folder is not a
     policy, a file is damaged, or the tensors do not fit.
     """
-    config = read_config(folder, chunk_size, decay_layer_index)
+    config = read_config(folder, chunk_size, decay_layer_index, fp8_linear)
     policy = Policy(config, dtype or read_dtype(folder))
     try:
         _load_weights(policy, Shards(folder))
@@ -106,10 +107,15 @@ def load_policy(
     return policy
 
 
-def read_config(folder: Path, chunk_size: int | None = None, decay_layer_index: str | None = None) -> PolicyConfig:
-    """The policy config in a Hugging Face folder; chunk_size and decay_layer_index replace the folder's own."""
+def read_config(
+    folder: Path,
+    chunk_size: int | None = None,
+    decay_layer_index: str | None = None,
+    fp8_linear: bool | None = None,
+) -> PolicyConfig:
+    """The policy config in a Hugging Face folder; what is given besides replaces the folder's own."""
     fields = _read_fields(folder)
-    given = {"chunk_size": chunk_size, "decay_layer_index": decay_layer_index}
+    given = {"chunk_size": chunk_size, "decay_layer_index": decay_layer_index, "fp8_linear": fp8_linear}
     if replaced := {name: value for name, value in given.items() if value is not None}:
         own = fields.get("lockstep", {})
         fields["lockstep"] = {**(own if isinstance(own, dict) else {}), **replaced}

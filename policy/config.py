@@ -36,7 +36,7 @@ KINDS: dict[object, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Field names are Hugging Face's; chunk_size and decay_layer_index are ours, kept under the key "lockstep".
+    """Field names are Hugging Face's; chunk_size, decay_layer_index and fp8_linear are ours, under the key "lockstep".
 
     A family (`policy.families`) says which fields its config.json carries; the others have one value for all of it.
     Defaults are those of Ring-linear in the size of a toy. Raises ValueError naming the field and the rule.
@@ -69,6 +69,7 @@ class PolicyConfig:
     pad_token_id: int = 0
     chunk_size: int = 64
     decay_layer_index: str = "engine"
+    fp8_linear: bool = False  # products of attention, MLPs and experts in blockwise FP8, in training and sampling alike
     model_type: str = RING_LINEAR
     use_qk_norm: bool = True
     tie_word_embeddings: bool = False
@@ -119,6 +120,9 @@ class PolicyConfig:
         power = self.chunk_size >= 16 and self.chunk_size & (self.chunk_size - 1) == 0
         yield power, "chunk_size must be a power of two, at least 16"
         yield self.decay_layer_index in ("engine", "hf"), "decay_layer_index must be engine or hf"
+        sizes = (self.hidden_size, 2 * self.moe_intermediate_size)
+        whole = not (self.fp8_linear and self.num_experts) or not any(size % 128 for size in sizes)
+        yield whole, "fp8_linear needs hidden_size and 2 x moe_intermediate_size that are multiples of 128"
         yield self.num_nextn_predict_layers >= 0, "num_nextn_predict_layers must not be negative"
 
     def _expert_rules(self) -> Iterator[Rule]:

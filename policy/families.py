@@ -179,7 +179,7 @@ _RING_LINEAR = Family(
         "num_nextn_predict_layers",
     ),
     required=("vocab_size",),
-    own=("chunk_size", "decay_layer_index"),
+    own=("chunk_size", "fp8_linear", "decay_layer_index"),
 )
 
 _SIZES = (
@@ -210,7 +210,7 @@ _QWEN3 = Family(
     fixed={"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **_QWEN_FIXED},
     carried=(*_SIZES, *_HEADS, *_OPTIONAL),
     required=(*_SIZES, *_HEADS),
-    own=("chunk_size",),
+    own=("chunk_size", "fp8_linear"),
     shared={**_SOFTMAX_ONLY, "num_experts": 0},
     ignored=_QWEN_IGNORED,
     unsaid=_unsaid,
@@ -219,7 +219,7 @@ _QWEN3_MOE = Family(
     fixed={"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **_QWEN_FIXED},
     carried=(*_SIZES, *_HEADS, *_EXPERTS, "decoder_sparse_step", "mlp_only_layers", *_OPTIONAL),
     required=(*_SIZES, *_HEADS, *_EXPERTS),
-    own=("chunk_size",),
+    own=("chunk_size", "fp8_linear"),
     shared=_SOFTMAX_ONLY,
     ignored=_QWEN_IGNORED | {"output_router_logits", "router_aux_loss_coef"},
     unsaid=_unsaid,
@@ -236,7 +236,7 @@ _LLAMA = Family(
     },
     carried=(*_SIZES, *_HEADS, *_OPTIONAL),
     required=_SIZES,
-    own=("chunk_size",),
+    own=("chunk_size", "fp8_linear"),
     shared={**_SOFTMAX_ONLY, "num_experts": 0, "use_qk_norm": False},
     unsaid=_unsaid,
 )

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import ops
 from policy.config import PolicyConfig
 from policy.lora_config import LoraConfig
 from policy.names import name_table
@@ -45,11 +44,11 @@ class LoraLinear(Linear):
 
     def __init__(self, linear: Linear, adapters: Mapping[str, Adapter], scale: float) -> None:
         nn.Module.__init__(self)
-        self.weight, self.dtype, self.scale = linear.weight, linear.dtype, scale
+        self.weight, self.dtype, self.fp8, self.scale = linear.weight, linear.dtype, linear.fp8, scale
         self.adapters = nn.ModuleDict(adapters).to(linear.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.merged_weight(), self.dtype)
+        return self.product(x, self.merged_weight())
 
     def merged_weight(self) -> Tensor:
         """FP32 [out, in]; its gradient goes on to A and B."""

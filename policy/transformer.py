@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import ops
 from policy.cache import CacheView
 from policy.config import PolicyConfig
+from policy.routing import Routing
 
 
 class _Round(torch.autograd.Function):
@@ -32,18 +33,43 @@ class _Round(torch.autograd.Function):
 
 
 def _fp32(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if not torch.is_grad_enabled():
+        return weight.to(dtype).float()
     rounded: Tensor = _Round.apply(weight, dtype)
     return rounded
 
 
+class _Quantized:
+    """A weight in blockwise FP8, kept until the weight changes: quantised once per version in an engine (design A6)."""
+
+    def __init__(self) -> None:
+        self._of: tuple[Tensor, int] | None = None  # holding the tensor keeps its memory from being given to another
+        self._weight: ops.Fp8Weight
+
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> ops.Fp8Weight:
+        """weight [..., K] in any dtype, rounded to `dtype` first, as where it is trained -> [rows, K]."""
+        if self._of is None or (self._of[0].data_ptr(), self._of[1]) != (weight.data_ptr(), weight._version):
+            self._weight = ops.quantize_weight(weight.detach().flatten(0, -2).to(dtype))
+            self._of = weight.detach(), weight._version
+        return self._weight
+
+
 class Linear(nn.Module):
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+    """fp8: multiplied in blockwise FP8, for which the working dtype is BF16."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, fp8: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.dtype = dtype
+        self.dtype, self.fp8 = dtype, _Quantized() if fp8 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.dtype)
+        if self.fp8 and not torch.is_grad_enabled():
+            return ops.fp8_matmul(ops.quantize_rows(x), self.fp8(self.weight, self.dtype))
+        return self.product(x, self.weight)
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [T, in], weight [out, in] in any dtype, rounded to the working dtype here -> [T, out]."""
+        return ops.fp8_linear(x, _fp32(weight, self.dtype)) if self.fp8 else ops.linear(x, weight, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -64,12 +90,12 @@ class Attention(nn.Module):
     def __init__(self, config: PolicyConfig, layer: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads(layer), config.head_dim
-        width = self.heads * self.head_dim
-        self.query_key_value = Linear(config.hidden_size, width + 2 * self.kv_heads * self.head_dim, dtype)
+        width, fp8 = self.heads * self.head_dim, config.fp8_linear
+        self.query_key_value = Linear(config.hidden_size, width + 2 * self.kv_heads * self.head_dim, dtype, fp8)
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
             self.key_layernorm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype)
-        self.dense = Linear(width, config.hidden_size, dtype)
+        self.dense = Linear(width, config.hidden_size, dtype, fp8)
         self.layer, self.eps, self.dtype, self.normed = layer, config.rms_norm_eps, dtype, config.use_qk_norm
 
     def qkv(self, x: Tensor, rope: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,10 +141,10 @@ class LightningAttention(Attention):
 
 
 class MLP(nn.Module):
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype, fp8: bool) -> None:
         super().__init__()
-        self.gate_up = Linear(hidden, 2 * width, dtype)
-        self.down = Linear(width, hidden, dtype)
+        self.gate_up = Linear(hidden, 2 * width, dtype, fp8)
+        self.down = Linear(width, hidden, dtype, fp8)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(ops.swiglu(self.gate_up(x)))
@@ -138,10 +164,11 @@ class MoE(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
         shared = config.moe_shared_expert_intermediate_size * config.num_shared_experts
-        self.shared_experts = MLP(hidden, shared, dtype) if shared else None
+        self.shared_experts = MLP(hidden, shared, dtype, config.fp8_linear) if shared else None
         self.config, self.dtype = config, dtype
+        self.fp8 = (_Quantized(), _Quantized()) if config.fp8_linear else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         c = self.config
         logits = ops.fp32_linear(x, self.gate.weight, self.dtype)
         ids, weights = ops.route(
@@ -154,8 +181,21 @@ class MoE(nn.Module):
             c.score_function,
             c.norm_topk_prob,
         )
-        routed = ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype)
+        if routing is not None and (replayed := routing.meet(ids)) is not None:
+            ids = replayed
+            weights = ops.expert_weights(logits, ids, c.routed_scaling_factor, c.score_function, c.norm_topk_prob)
+        routed = self._routed(x, ids, weights)
         return routed if self.shared_experts is None else routed + self.shared_experts(x).float()
+
+    def _routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.fp8 is None:
+            return ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype)
+        if torch.is_grad_enabled():
+            gate_up, down = (_fp32(weight, self.dtype) for weight in (self.gate_up, self.down))
+            return ops.trained_fp8_experts(x, gate_up, down, ids, weights)
+        quantize_gate_up, quantize_down = self.fp8
+        gate_up_fp8, down_fp8 = quantize_gate_up(self.gate_up, self.dtype), quantize_down(self.down, self.dtype)
+        return ops.fp8_experts(x, gate_up_fp8, down_fp8, ids, weights, self.config.num_experts)
 
     def num_idle_parameters(self) -> int:
         """Those of the experts that a token does not choose."""
@@ -174,15 +214,21 @@ class Block(nn.Module):
         if config.is_moe(layer):
             self.mlp = MoE(config, dtype)
         else:
-            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype)
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, dtype, config.fp8_linear)
 
     def forward(
-        self, h: Tensor, delta: Tensor | None, rope: Tensor, layout: ops.ChunkLayout, cache: CacheView | None
+        self,
+        h: Tensor,
+        delta: Tensor | None,
+        rope: Tensor,
+        layout: ops.ChunkLayout,
+        cache: CacheView | None,
+        routing: Routing | None,
     ) -> tuple[Tensor, Tensor]:
         """h: the FP32 residual stream [T, D] and what the layer before adds to it; the same after this layer."""
         h, x = self.input_layernorm.after(h, delta)
         h, x = self.post_attention_layernorm.after(h, self.attention(x, rope, layout, cache))
-        return h, self.mlp(x)
+        return h, self.mlp(x, routing) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
 class Policy(nn.Module):
@@ -190,6 +236,11 @@ class Policy(nn.Module):
 
     def __init__(self, config: PolicyConfig, dtype: torch.dtype) -> None:
         super().__init__()
+        if config.fp8_linear and dtype != torch.bfloat16:
+            raise ValueError(
+                f"fp8_linear with {dtype}: FP8 products give BF16, so the working dtype must be bfloat16; "
+                "set policy.dtype=bfloat16 or leave policy.fp8_linear off"
+            )
         self.config, self.dtype = config, dtype
         self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
@@ -200,13 +251,22 @@ class Policy(nn.Module):
         table = ops.rope_table(config.max_position_embeddings, config.rotary_dim, config.rope_theta, stretch)
         self.register_buffer("rope_table", table, persistent=False)
 
-    def forward(self, input_ids: Tensor, layout: ops.ChunkLayout, cache: CacheView | None = None) -> Tensor:
-        """input_ids int64 [T], packed as `layout` says -> final hidden states, FP32 [T, D]."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        layout: ops.ChunkLayout,
+        cache: CacheView | None = None,
+        routing: Routing | None = None,
+    ) -> Tensor:
+        """input_ids int64 [T], packed as `layout` says -> final hidden states, FP32 [T, D].
+
+        routing: a new one for this call, to record which experts the tokens go to, or to say which.
+        """
         h = _fp32(F.embedding(input_ids, self.word_embeddings), self.dtype)
         rope = self.get_buffer("rope_table")
         delta: Tensor | None = None
         for block in self.layers:
-            h, delta = block(h, delta, rope, layout, cache)
+            h, delta = block(h, delta, rope, layout, cache, routing)
         return self.norm.after(h, delta)[1]
 
     def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

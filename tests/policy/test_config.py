@@ -25,7 +25,9 @@ def test_config_json_round_trip(fields: dict[str, Any]) -> None:
         name: value for name, value in fields.items() if name not in unshaped
     }
     ring = fields["model_type"] == RING_LINEAR
-    assert written["lockstep"] == {"chunk_size": 64} | ({"decay_layer_index": "engine"} if ring else {})
+    assert written["lockstep"] == {"chunk_size": 64, "fp8_linear": False} | (
+        {"decay_layer_index": "engine"} if ring else {}
+    )
     assert json.loads(json.dumps(written)) == written
 
 
