@@ -4,58 +4,106 @@
     sampling = SamplingParams(max_new_tokens=64)
     completions = engine.generate([Request(0, prompt_ids, num_samples=8, sampling=sampling, seed=0)])
 
-Each step computes some prompt pieces, then one token for every running sample. All per-sample state lives in arrays
-indexed by slot, so a step costs the same few array operations whatever the batch. No draw depends on the batch
-(design A1, A8).
+A step is one forward: a token for every sequence that decodes, and pieces of those that have to catch up. All state of
+sequences lives in arrays indexed by slot, so a step costs the same few array operations whatever the batch. No draw
+depends on the batch (design A1, A8).
+
+One thread steps, or is in `generate`. All other verbs may be called from other threads, and wait for one step at most.
 """
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import ops
-from policy.cache import CachePools, CacheView, key_dtype
-from policy.names import load_tensors
+from policy.cache import CacheView
+from policy.digest import tensor_digest, weights_digest
+from policy.names import export_tensors, load_tensors
+from policy.routing import Routing
 from policy.transformer import Policy
+from rollout.budget import Budget
+from rollout.check import check_ids, check_request
 from rollout.config import RolloutConfig
+from rollout.decode_graph import DecodeGraphs
+from rollout.drawing import Rows, draw_and_record
+from rollout.expert_log import ExpertLog
 from rollout.memory import BlockPool, SlotPool
+from rollout.prefix_cache import PrefixCache
 from rollout.request import Completion, Request
 from rollout.running import Running
-from rollout.scheduler import Group, Piece, Scheduler
+from rollout.scheduler import Batch, Scheduler, Waiting
+from rollout.stop_strings import Decode
+from rollout.turns import Turns
 
 
 class Engine:
-    def __init__(self, policy: Policy, config: RolloutConfig, policy_version: int = 0) -> None:
-        self.policy, self.config, self.policy_version = policy, config, policy_version
-        self.device = policy.device
-        self.num_blocks = _blocks_in_budget(policy, config)
-        self.pools = CachePools(policy.config, config.max_batch, self.num_blocks, policy.dtype, policy.device)
-        self.blocks, self.slots = BlockPool(self.num_blocks), SlotPool(config.max_batch)
-        self.scheduler = Scheduler(self.slots, self.blocks, policy.config.chunk_size, config.prefill_tokens)
+    """decode: token ids to text, for requests with stop strings."""
+
+    def __init__(
+        self, policy: Policy, config: RolloutConfig, policy_version: int = 0, decode: Decode | None = None
+    ) -> None:
+        self.policy, self.config, self.decode = policy, config, decode
+        self.device, self.chunk_size = policy.device, policy.config.chunk_size
+        self.budget = Budget.of(policy, config)
+        self.expert_log = ExpertLog(config.max_batch, policy.config) if config.routing_replay else None
+        self._uses_graphs = policy.device.type == "cuda" and config.cuda_graphs and not self.expert_log
+        self.pools = self.budget.allocate(policy, spare=int(self._uses_graphs))
+        self._graphs = self._new_graphs()
+        self.blocks, self.slots = BlockPool(self.budget.blocks), SlotPool(config.max_batch)
         self.running = Running(config.max_batch, policy.config)
-        self.seconds, self.tokens = 0.0, 0
+        self.cache: PrefixCache | None = None
+        if self.budget.keeps_prefixes:
+            self.cache = PrefixCache(self.blocks, self.budget.snapshots, self.chunk_size)
+        self.scheduler = Scheduler(
+            self.running,
+            self.pools,
+            self.slots,
+            self.blocks,
+            self.cache,
+            config.prefill_tokens,
+            self.chunk_size,
+            config.speculative_tokens,
+            decode,
+            self.expert_log,
+        )
+        self.scheduler.policy_version = policy_version
+        self.seconds, self.tokens, self.drafted_tokens, self.accepted_tokens = 0.0, 0, 0, 0
+        self.is_paused = False
+        self._turns = Turns()
+        self._unanswered: dict[int, int] = {}  # samples of each request that have not ended
+        self._aborted: list[Completion] = []  # to be handed over by the next step
+
+    @property
+    def policy_version(self) -> int:
+        return self.scheduler.policy_version
+
+    @property
+    def has_work(self) -> bool:
+        """Something is unanswered, or not handed over yet."""
+        return bool(self._unanswered or self._aborted)
 
     def submit(self, request: Request) -> None:
-        """Raises ValueError when the request could never run. Its id names it until its last sample has ended."""
-        self._check(request)
-        self._queue(request)
+        """Raises ValueError when the request could never run, or when an unanswered one has its id."""
+        with self._turns.verb():
+            self._check([request])
+            self._queue(request)
 
     @torch.no_grad()
     def step(self) -> list[Completion]:
-        """Computes prompt pieces and one token for each running sample; returns what ended."""
-        start = time.perf_counter()
-        self.pools.reset_slots([group.slots[0] for group in self.scheduler.admit()])
-        if pieces := self.scheduler.next_pieces():
-            self._prefill(pieces)
-        if len(rows := self.running.rows()):
-            self._decode(rows)
-        ended = self._collect()
-        self.seconds += time.perf_counter() - start
+        """Computes one batch; returns what ended, or was aborted since the last step. Computes nothing while paused."""
+        with self._turns.step():
+            start = time.perf_counter()
+            ended, self._aborted = self._aborted, []
+            batch = None if self.is_paused else self.scheduler.next_batch()
+            if batch:
+                ended += self._compute(batch)
+            self.seconds += time.perf_counter() - start
         return ended
 
-    def generate(self, requests: list[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs until all requests are answered; completions by request, then by sample.
 
         Raises ValueError, with nothing submitted, when a request could never run or when earlier ones still do.
@@ -63,148 +111,148 @@ class Engine:
         if self.has_work:
             raise ValueError("generate() while earlier requests run; step() until has_work is False, or abort them")
         place = {request.request_id: index for index, request in enumerate(requests)}
-        assert len(place) == len(requests), "two requests have one id"
-        for request in requests:
-            self._check(request)
-        for request in requests:
-            self._queue(request)
+        with self._turns.verb():
+            self._check(requests)
+            for request in requests:
+                self._queue(request)
         completions: list[Completion] = []
         while self.has_work:
             completions += self.step()
+            if self.is_paused:
+                self._turns.wait_for_a_verb()
         return sorted(completions, key=lambda c: (place[c.request_id], c.sample))
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.prefilling or len(self.running.rows()))
+    def abort(self, request_id: int) -> None:
+        """Ends a request at once. The next step hands over its unfinished samples, with what they have, as "abort"."""
+        with self._turns.verb():
+            dropped = self.scheduler.drop(request_id)
+            self._answer(dropped)
+            self._aborted += dropped
 
-    def abort(self, request_id: int) -> list[Completion]:
-        """Ends a request at once. Its unfinished samples come back with what they have, if anything, as "abort"."""
-        dropped = self.scheduler.drop(request_id)
-        self.running.abort(request_id)
-        return [Completion.unstarted(group.request, s) for group in dropped for s in group.samples] + self._collect()
+    def pause(self) -> None:
+        """Returns when no step is running; none computes anything until `resume`."""
+        with self._turns.verb():
+            self.is_paused = True
+
+    def resume(self) -> None:
+        with self._turns.verb():
+            self.is_paused = False
 
     def load_weights(self, tensors: dict[str, Tensor], policy_version: int) -> None:
-        """Takes the family's tensors as the weights of `policy_version`. Raises ValueError when they do not fit."""
-        if self.has_work:
-            raise ValueError("weights arrived while requests run; finish or abort them first")
-        load_tensors(self.policy, tensors)
-        self.policy_version = policy_version
+        """Takes the family's tensors as the weights of `policy_version`. Raises ValueError when they do not fit.
+
+        Sequences that run go on under the new weights, from what they cached or after computing that again: as
+        rollout.on_new_weights says.
+        """
+        with self._turns.verb():
+            load_tensors(self.policy, tensors)
+            if self.policy.config.fp8_linear:  # quantised into new memory, which no recorded step reads
+                self._graphs = self._new_graphs()
+            self.scheduler.policy_version = policy_version
+            self.scheduler.forget_prefixes()
+            if self.config.on_new_weights == "reprefill":
+                self.scheduler.preempt_all()
+
+    def weights_digest(self) -> str:
+        with self._turns.verb():
+            tensors = export_tensors(self.policy)
+        return weights_digest({name: tensor_digest(tensor) for name, tensor in tensors.items()})
+
+    def peek(self, request_id: int, known: Sequence[int] = ()) -> list[Completion]:
+        """What the unfinished samples of a request have beyond their first known[sample] tokens (0 where `known` is
+        shorter), as "running". Samples without a new token are left out."""
+        with self._turns.verb():
+            return [
+                sequence.completion(records, "running", seen)
+                for sequence, records in self.scheduler.begun(request_id)
+                if len(records["tokens"]) - len(sequence.request.prompt_ids)
+                > (seen := known[sequence.sample] if sequence.sample < len(known) else 0)
+            ]
 
     def describe(self) -> dict[str, object]:
         return {
             "engine": "local",
             "policy_version": self.policy_version,
             "dtype": str(self.policy.dtype).removeprefix("torch."),
-            "max_batch": self.config.max_batch,
-            "blocks": self.num_blocks,
-            "block_tokens": self.policy.config.chunk_size,
+            **self.budget.describe(),
+            "block_tokens": self.chunk_size,
+            "running": int(self.running.active.sum()),
+            "waiting": sum(len(item.samples) for item in self.scheduler.waiting),
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "preemptions": self.scheduler.preemptions,
+            "prefix_hit_rate": self.cache.hit_rate if self.cache else 0.0,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "acceptance_rate": self.accepted_tokens / max(1, self.drafted_tokens),
         }
 
-    def _queue(self, request: Request) -> None:
-        for first in range(0, request.num_samples, self.config.max_batch):
-            samples = range(first, min(first + self.config.max_batch, request.num_samples))
-            self.scheduler.waiting.append(Group(request, samples))
+    def _compute(self, batch: Batch) -> list[Completion]:
+        hidden = self._forward(batch)
+        drawing = self.scheduler.advance(batch)
+        slots, counts = batch.slots[drawing], batch.drafts[drawing] + 1
+        firsts = np.cumsum(batch.counts)[drawing] - counts
+        for leader in sorted(self.scheduler.leaders & set(slots.tolist())):
+            followers = np.array(self.scheduler.fork(leader), dtype=np.int64)
+            firsts = np.append(firsts, np.repeat(firsts[slots == leader], len(followers)))
+            slots, counts = np.append(slots, followers), np.append(counts, np.ones_like(followers))
+        if not len(slots):
+            return []
+        rows = Rows.of(slots, counts)
+        places = firsts[rows.sequence] + rows.offset
+        if len(places) < len(hidden) or (places[1:] <= places[:-1]).any():
+            hidden = hidden[self._tensor(places)]
+        before = int(self.running.length[slots].sum())
+        ended = draw_and_record(self.policy, self.running, rows, hidden, self.policy_version)
+        self.drafted_tokens += len(places) - len(slots)
+        self.accepted_tokens += int(self.running.length[slots].sum()) - before - len(slots)
+        return self._answer([self._finish(slot, reason) for slot, reason in ended])
 
-    def _check(self, request: Request) -> None:
-        name, prompt, new_tokens = f"request {request.request_id}", request.prompt_ids, request.sampling.max_new_tokens
-        limit, vocab_size = self.policy.config.max_position_embeddings, self.policy.config.vocab_size
-        if prompt.min() < 0 or prompt.max() >= vocab_size:
-            raise ValueError(
-                f"{name}: prompt token ids from {prompt.min()} to {prompt.max()}, the policy has 0 to {vocab_size - 1}"
-                "; encode prompts with the policy's own tokenizer"
-            )
-        if len(prompt) + new_tokens > limit:
-            raise ValueError(
-                f"{name}: prompt {len(prompt)} + max_new_tokens {new_tokens} exceeds the policy's {limit} positions; "
-                "shorten one of them"
-            )
-        shared, own = self.scheduler.blocks_needed(request)
-        needed = shared + own * min(request.num_samples, self.config.max_batch)
-        if needed > self.num_blocks:
-            raise ValueError(
-                f"{name}: needs {needed} blocks of key-value memory, the engine has {self.num_blocks}; "
-                "raise rollout.memory_mb, or lower rollout.max_batch or max_new_tokens"
-            )
-
-    def _prefill(self, pieces: list[Piece]) -> None:
-        ids = np.concatenate([piece.group.request.prompt_ids[piece.begin : piece.end] for piece in pieces])
-        layout = ops.ChunkLayout.build(
-            [piece.end - piece.begin for piece in pieces],
-            self.policy.config.chunk_size,
-            [piece.begin for piece in pieces],
-            self.device,
-        )
-        table = np.zeros((len(pieces), self.running.block_table.shape[1]), dtype=np.int64)
-        for row, piece in enumerate(pieces):
-            blocks = self.scheduler.block_row(piece.group, 0)
-            table[row, : len(blocks)] = blocks
-        slots = torch.tensor([piece.group.slots[0] for piece in pieces], device=self.device)
-        hidden = self.policy(self._tensor(ids), layout, CacheView(self.pools, slots, self._tensor(table)))
-        last = {id(piece.group): row for piece, row in zip(pieces, layout.last_tokens().tolist(), strict=True)}
-        done = self.scheduler.advance(pieces)
-        if done:
-            for group in done:
-                self._fork(group)
-            slots_of = np.concatenate([group.slots for group in done])
-            rows = np.concatenate([[last[id(group)]] * len(group.slots) for group in done])
-            self._sample(slots_of, hidden[self._tensor(rows)])
-
-    def _fork(self, group: Group) -> None:
-        """Every sample of the group starts from the prompt computed in the first one's slot."""
-        self.pools.copy_slot(group.slots[0], group.slots[1:])
-        if len(group.request.prompt_ids) % self.policy.config.chunk_size:
-            self.pools.copy_block(group.own_blocks[0][0], [own[0] for own in group.own_blocks[1:]])
-        for index, slot in enumerate(group.slots):
-            self.running.start(slot, group, index, self.scheduler.block_row(group, index))
-
-    def _decode(self, slots: np.ndarray) -> None:
-        state = self.running
-        chunk = self.policy.config.chunk_size
-        layout = ops.ChunkLayout.build([1] * len(slots), chunk, state.length[slots] - 1, self.device)
-        view = CacheView(self.pools, self._tensor(slots), self._tensor(state.block_table[slots]))
-        hidden = self.policy(self._tensor(state.last_token[slots]), layout, view)
-        self._sample(slots, hidden)
-
-    def _sample(self, slots: np.ndarray, hidden: Tensor) -> None:
-        state = self.running
-        tokens, log_probs, rows = ops.sample(
-            hidden,
-            self.policy.lm_head,
-            self._tensor(state.temperature[slots]),
-            self._tensor(state.top_p[slots]),
-            self._tensor(state.top_k[slots]),
-            torch.zeros(len(slots), device=self.device),  # min_p: off
-            torch.cat([ops.addressed_uniform(s, a) for s, a in state.addresses_by_seed(slots)]).to(self.device),
-            self.policy.lm_head.dtype,  # rounded when the weights were loaded
-        )
-        state.append(slots, tokens.cpu().numpy(), log_probs.cpu().numpy(), self.policy_version, rows)
+    def _forward(self, batch: Batch) -> Tensor:
+        """Final hidden states of the batch's tokens, FP32 [T, D]."""
+        running, starts = self.running, self.running.computed[batch.slots]
+        owners = np.repeat(batch.slots, batch.counts)
+        positions = np.arange(len(owners)) - np.repeat(np.cumsum(batch.counts) - batch.counts - starts, batch.counts)
+        used = -(-int((starts + batch.counts).max()) // self.chunk_size)
+        ids, table = running.tokens[owners, positions], running.block_table[batch.slots, :used]
+        if self._graphs and len(ids) == len(batch.slots):
+            return self._graphs.run(ids, batch.slots, table, positions)
+        layout = ops.ChunkLayout.build(batch.counts, self.chunk_size, starts, self.device)
+        view = CacheView(self.pools, self._tensor(batch.slots), self._tensor(table))
+        routing = Routing() if self.expert_log else None
+        hidden: Tensor = self.policy(self._tensor(ids), layout, view, routing)
+        if self.expert_log and routing:
+            self.expert_log.write(batch.slots, layout, routing.chosen())
+        return hidden
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(self.device)
 
-    def _collect(self) -> list[Completion]:
-        completions = []
-        for slot in self.running.ended():
-            group, index = self.running.group[slot], self.running.index[slot]
-            assert group is not None
-            completions.append(self.running.finish(slot))
-            self.scheduler.release(group, index)
+    def _new_graphs(self) -> DecodeGraphs | None:
+        if not self._uses_graphs:
+            return None
+        width = -(-self.policy.config.max_position_embeddings // self.chunk_size)
+        budget = self.budget
+        return DecodeGraphs(self.policy, self.pools, budget.slots, budget.blocks, budget.slots, width, capture=True)
+
+    def _finish(self, slot: int, reason: str) -> Completion:
+        sequence = self.scheduler.release(slot)
+        return sequence.completion(sequence.records, reason)
+
+    def _answer(self, completions: list[Completion]) -> list[Completion]:
+        """Counts them off."""
+        for completion in completions:
+            self._unanswered[completion.request_id] -= 1
+            if not self._unanswered[completion.request_id]:
+                del self._unanswered[completion.request_id]
         self.tokens += sum(len(completion.token_ids) for completion in completions)
         return completions
 
+    def _check(self, requests: Sequence[Request]) -> None:
+        check_ids(requests, self._unanswered)
+        for request in requests:
+            check_request(request, self.policy.config, self.budget.blocks, can_decode=self.decode is not None)
 
-def _blocks_in_budget(policy: Policy, config: RolloutConfig) -> int:
-    kept = key_dtype(policy.dtype, policy.device)
-    slot_bytes = CachePools.bytes_per_slot(policy.config, kept) * config.max_batch
-    # Without a softmax layer blocks hold nothing but are still counted, so their size must not be zero.
-    block_bytes = max(CachePools.bytes_per_block(policy.config, kept), 1024)
-    blocks = (config.memory_mb * 2**20 - slot_bytes) // block_bytes
-    if blocks < config.max_batch:
-        least = -(-(slot_bytes + config.max_batch * block_bytes) // 2**20)
-        raise ValueError(
-            f"rollout.memory_mb = {config.memory_mb}: {config.max_batch} sequences need at least {least} MiB of "
-            "states and key-value blocks; raise it or lower rollout.max_batch"
-        )
-    return int(blocks)
+    def _queue(self, request: Request) -> None:
+        self._unanswered[request.request_id] = request.num_samples
+        self.scheduler.waiting.append(Waiting(request, list(range(request.num_samples))))

@@ -29,6 +29,16 @@ class SamplingParams:
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0 (0 is greedy)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps every token)"),
             ("top_k", self.top_k, self.top_k >= 0, "at least 0 (0 keeps every token)"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1 (0 keeps every token)"),
+            (
+                "min_new_tokens",
+                self.min_new_tokens,
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"from 0 to max_new_tokens ({self.max_new_tokens})",
+            ),
+            ("stop_token_ids", self.stop_token_ids, all(token >= 0 for token in self.stop_token_ids), "at least 0"),
+            ("stop_strings", self.stop_strings, all(self.stop_strings), "without an empty string"),
+            ("top_log_probs", self.top_log_probs, self.top_log_probs >= 0, "at least 0 (0 keeps none)"),
         )
 
 

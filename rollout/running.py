@@ -1,110 +1,116 @@
-"""The samples being decoded, as arrays indexed by slot, so that no Python work per token grows with the batch."""
+"""The sequences that hold a slot, as arrays indexed by slot: no Python work per token grows with the batch.
+
+A sequence has `length` tokens, of which the first `computed` are in the cache. The engine computes what is missing: one
+token while decoding, more where a prompt, or a sequence that lost its cache, has to catch up. A token is drawn when
+nothing is missing.
+"""
 
 from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-from torch import Tensor
 
 from policy.config import PolicyConfig
-from rollout.request import Completion
-from rollout.scheduler import Group
+from rollout.sequence import RECORDS, Sequence
+
+NEVER = -1  # a token id that no token has
 
 
 class Running:
     def __init__(self, slots: int, config: PolicyConfig) -> None:
-        self.stop_token_ids = np.array(config.stop_token_ids)
+        self._policy_stops, self._chunk_size = config.stop_token_ids, config.chunk_size
+        self.sequence: list[Sequence | None] = [None] * slots
+        self.watched: set[int] = set()
         self.active = np.zeros(slots, dtype=bool)
-        self.done = np.zeros(slots, dtype=bool)
-        self.length = np.zeros(slots, dtype=np.int64)  # tokens of the sequence so far, prompt included
-        self.generated = np.zeros(slots, dtype=np.int64)
-        self.limit = np.zeros(slots, dtype=np.int64)
-        self.last_token = np.zeros(slots, dtype=np.int64)
-        self.temperature, self.top_p = np.ones(slots, dtype=np.float32), np.ones(slots, dtype=np.float32)
+        self.age = np.zeros(slots, dtype=np.int64)  # number of its admission
+        self.request_id = np.zeros(slots, dtype=np.int64)
+        self.length, self.computed, self.prompt_length, self.max_length, self.min_length = (
+            np.zeros(slots, dtype=np.int64) for _ in range(5)
+        )
+        self.temperature, self.top_p, self.min_p = (np.zeros(slots, dtype=np.float32) for _ in range(3))
         self.top_k = np.zeros(slots, dtype=np.int64)
         self.seed = np.zeros(slots, dtype=np.uint64)
         self.address = np.zeros((3, slots), dtype=np.uint32)  # sample, prompt, step
-        self.block_table = np.zeros((slots, -(-config.max_position_embeddings // config.chunk_size)), dtype=np.int64)
+        self.stop_ids = np.full((slots, len(self._policy_stops)), NEVER)
+        self.num_blocks = np.zeros(slots, dtype=np.int64)
+        self.block_table = np.zeros((slots, 1), dtype=np.int64)
         self.tokens = np.zeros((slots, 1), dtype=np.int64)
         self.log_probs = np.zeros((slots, 1), dtype=np.float32)
+        self.processed = np.zeros((slots, 1), dtype=np.float32)
         self.versions = np.zeros((slots, 1), dtype=np.int64)
-        self.group: list[Group | None] = [None] * slots
-        self.index = [0] * slots
-        self.full_vocab: dict[int, list[np.ndarray]] = {}
-        self._aborted: set[int] = set()
+        self._admitted = 0
 
-    def rows(self) -> np.ndarray:
-        """Slots of the samples that still run, ascending."""
-        return np.flatnonzero(self.active & ~self.done)
+    def slots(self) -> np.ndarray:
+        """Those in use, ascending."""
+        return np.flatnonzero(self.active)
 
-    def start(self, slot: int, group: Group, index: int, blocks: np.ndarray) -> None:
-        """The sample's prompt is in the cache; its first token is drawn next."""
-        request, sample = group.request, group.samples[index]
-        self._reserve(request.sampling.max_new_tokens)
-        self.group[slot], self.index[slot] = group, index
-        self.active[slot], self.done[slot] = True, False
-        self.length[slot], self.generated[slot] = len(request.prompt_ids), 0
-        self.limit[slot] = request.sampling.max_new_tokens
-        self.temperature[slot], self.top_p[slot] = request.sampling.temperature, request.sampling.top_p
-        self.top_k[slot], self.seed[slot] = request.sampling.top_k, request.seed
-        self.address[:, slot] = sample, request.prompt, request.step
-        self.block_table[slot, : len(blocks)] = blocks
-        if sample in request.full_vocab_samples:
-            self.full_vocab[slot] = []
+    def by_age(self) -> np.ndarray:
+        """Slots in use, the longest admitted first."""
+        slots = self.slots()
+        return slots[np.argsort(self.age[slots])]
 
-    def addresses_by_seed(self, slots: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, slot: int) -> list[int]:
+        blocks: list[int] = self.block_table[slot, : self.num_blocks[slot]].tolist()
+        return blocks
+
+    def start(self, slot: int, sequence: Sequence, blocks: list[int], computed: int) -> None:
+        request, sampling, length = sequence.request, sequence.request.sampling, len(sequence.records["tokens"])
+        prompt_length = len(request.prompt_ids)
+        self._widen(prompt_length + sampling.max_new_tokens, len(sampling.stop_token_ids))
+        self.sequence[slot], self.active[slot], self.request_id[slot] = sequence, True, request.request_id
+        self.age[slot] = self._admitted = self._admitted + 1
+        self.length[slot], self.computed[slot], self.prompt_length[slot] = length, computed, prompt_length
+        self.max_length[slot] = prompt_length + sampling.max_new_tokens
+        self.min_length[slot] = prompt_length + sampling.min_new_tokens
+        self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
+        self.top_p[slot], self.min_p[slot] = sampling.top_p, sampling.min_p
+        self.seed[slot], self.address[:, slot] = request.seed, (sequence.sample, request.prompt, request.step)
+        stops = [*self._policy_stops, *sampling.stop_token_ids]
+        self.stop_ids[slot], self.stop_ids[slot, : len(stops)] = NEVER, stops
+        self.num_blocks[slot] = 0
+        self.add_blocks(slot, blocks)
+        for name, values in sequence.records.items():
+            getattr(self, name)[slot, :length] = values
+        if sequence.is_watched:
+            self.watched.add(slot)
+
+    def stop(self, slot: int) -> Sequence:
+        """Frees the slot; the sequence takes its records along."""
+        sequence = self.sequence[slot]
+        assert sequence is not None, f"slot {slot} is not in use"
+        sequence.records = {name: values.copy() for name, values in self.records(slot).items()}
+        self.active[slot], self.sequence[slot], self.num_blocks[slot] = False, None, 0
+        self.watched.discard(slot)
+        return sequence
+
+    def records(self, slot: int) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name)[slot, : self.length[slot]] for name in RECORDS}
+
+    def add_blocks(self, slot: int, blocks: list[int]) -> None:
+        held = self.num_blocks[slot]
+        self.block_table[slot, held : held + len(blocks)] = blocks
+        self.num_blocks[slot] += len(blocks)
+
+    def addresses_by_seed(self, slots: np.ndarray, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Runs of equal seeds in the order of `slots`: the seed and uint32 [4, n] (position, sample, prompt, step)."""
-        addresses = np.concatenate([self.length[None, slots].astype(np.uint32), self.address[:, slots]])
+        addresses = np.concatenate([positions[None].astype(np.uint32), self.address[:, slots]])
         seeds = self.seed[slots]
         bounds = [0, *(np.flatnonzero(seeds[1:] != seeds[:-1]) + 1).tolist(), len(slots)]
         for begin, end in pairwise(bounds):
             yield int(seeds[begin]), addresses[:, begin:end]
 
-    def append(self, slots: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray, version: int, rows: Tensor) -> None:
-        """Records one drawn token for each slot; rows: log-probs over the vocabulary, FP32 [len(slots), V]."""
-        at = self.generated[slots]
-        self.tokens[slots, at], self.log_probs[slots, at], self.versions[slots, at] = tokens, log_probs, version
-        self.last_token[slots] = tokens
-        self.length[slots] += 1
-        self.generated[slots] += 1
-        stopped = (tokens[:, None] == self.stop_token_ids).any(1)
-        self.done[slots] = stopped | (self.generated[slots] >= self.limit[slots])
-        for slot in self.full_vocab.keys() & set(slots.tolist()) if self.full_vocab else ():
-            self.full_vocab[slot].append(rows[int(np.flatnonzero(slots == slot)[0])].cpu().numpy().copy())
+    def stops_at(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """tokens [S, ...] of the slots -> are they stop tokens."""
+        stops = self.stop_ids[slots].reshape(len(slots), *(1,) * (tokens.ndim - 1), -1)
+        found: np.ndarray = (tokens[..., None] == stops).any(-1)
+        return found
 
-    def abort(self, request_id: int) -> None:
-        for slot in self.rows().tolist():
-            group = self.group[slot]
-            if group is not None and group.request.request_id == request_id:
-                self.done[slot] = True
-                self._aborted.add(slot)
-
-    def ended(self) -> list[int]:
-        slots: list[int] = np.flatnonzero(self.active & self.done).tolist()
-        return slots
-
-    def finish(self, slot: int) -> Completion:
-        """The completion of an ended sample; the slot is free afterwards."""
-        group, count = self.group[slot], self.generated[slot]
-        assert group is not None and self.active[slot]
-        rows = self.full_vocab.pop(slot, None)
-        reason = "stop" if count and self.tokens[slot, count - 1] in self.stop_token_ids else "length"
-        completion = Completion(
-            request_id=group.request.request_id,
-            sample=group.samples[self.index[slot]],
-            token_ids=self.tokens[slot, :count].copy(),
-            log_probs=self.log_probs[slot, :count].copy(),
-            policy_versions=self.versions[slot, :count].copy(),
-            finish_reason="abort" if slot in self._aborted else reason,
-            full_log_probs=np.stack(rows) if rows else None,
-        )
-        self.active[slot], self.group[slot] = False, None
-        self._aborted.discard(slot)
-        return completion
-
-    def _reserve(self, new_tokens: int) -> None:
-        missing = new_tokens - self.tokens.shape[1]
-        if missing > 0:
-            room = ((0, 0), (0, missing))
-            self.tokens, self.versions = np.pad(self.tokens, room), np.pad(self.versions, room)
-            self.log_probs = np.pad(self.log_probs, room)
+    def _widen(self, length: int, own_stops: int) -> None:
+        """Makes room for sequences of `length` tokens and for their own stop tokens."""
+        if (missing := length - self.tokens.shape[1]) > 0:
+            for name in RECORDS:
+                setattr(self, name, np.pad(getattr(self, name), ((0, 0), (0, missing))))
+            columns = -(-length // self._chunk_size) - self.block_table.shape[1]
+            self.block_table = np.pad(self.block_table, ((0, 0), (0, max(0, columns))))
+        if (missing := len(self._policy_stops) + own_stops - self.stop_ids.shape[1]) > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=NEVER)

@@ -8,6 +8,10 @@ from torch import Tensor
 from rollout.request import Completion, Request
 
 
+class EngineDied(RuntimeError):
+    """The server behind an engine is gone, and with it what it ran; a new engine can take over."""
+
+
 class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs until all are answered; completions by request, then by sample. Raises ValueError, with nothing

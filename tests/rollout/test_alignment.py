@@ -72,7 +72,7 @@ def play(engine: Engine, plan: list[Arrival]) -> list[Completion]:
             if submit_at == step:
                 engine.submit(request)
             if abort_at == step:
-                completions += engine.abort(request.request_id)
+                engine.abort(request.request_id)
         completions += engine.step()
         assert_memory_is_owned(engine)
         step += 1

@@ -69,27 +69,31 @@ def test_more_samples_than_the_batch_holds(policy) -> None:
         assert_equals_oracle(policy, request, completion)
 
 
-def test_requests_wait_for_memory_and_all_end(policy) -> None:
-    """40 blocks, and 24 for each request: a second one never fits beside the first, however many slots are free."""
+def test_memory_runs_out_and_all_end() -> None:
+    """32 blocks, and up to 24 for each request: sequences lose their cache, and none a token."""
+    policy = make_policy(2, torch.float32, stops=False)
     engine = make_engine(policy, max_batch=16, memory_mb=1)
-    assert engine.num_blocks == 40
-    for request_id in range(3):
-        engine.submit(make_request(request_id, 64, 5, max_new_tokens=64))
-    ended = engine.step()
-    assert (len(engine.scheduler.waiting), engine.slots.num_free >= 11) == (2, True)
-    assert sorted(samples_of(ended + run(engine))) == [(r, s) for r in range(3) for s in range(5)]
+    assert engine.budget.blocks == 32
+    requests = [make_request(request_id, 48 + request_id, 5, max_new_tokens=64) for request_id in range(3)]
+    for request in requests:
+        engine.submit(request)
+    completions = run(engine)
+    assert engine.scheduler.preemptions > 3
+    assert sorted(samples_of(completions)) == [(r, s) for r in range(3) for s in range(5)]
+    for completion in completions:
+        assert_equals_oracle(policy, requests[completion.request_id], completion)
 
 
 def test_a_long_prompt_does_not_stop_those_that_run(policy) -> None:
     engine = make_engine(policy, max_batch=4, prefill_tokens=16)
     engine.submit(make_request(0, 10, 1, 40, temperature=0.7))
     engine.step()
-    before = int(engine.running.generated[0])
+    before = int(engine.running.length[0])
     engine.submit(make_request(1, 70, 2))
     for _ in range(3):
         engine.step()
-    assert engine.scheduler.prefilling[0].computed == 48
-    assert engine.running.generated[0] == before + 3
+    assert engine.running.computed[1] == 48
+    assert engine.running.length[0] == before + 3
 
 
 def test_the_engine_describes_itself(policy) -> None:
@@ -97,7 +101,8 @@ def test_the_engine_describes_itself(policy) -> None:
     completions = engine.generate([make_request(0, 8, 3)])
     engine.submit(make_request(1, 8, 1, 40))
     engine.step()
-    aborted = engine.abort(1)
+    engine.abort(1)
+    completions += engine.step()
     description = engine.describe()
     assert description.pop("seconds") > 0
     assert description == {
@@ -105,9 +110,20 @@ def test_the_engine_describes_itself(policy) -> None:
         "policy_version": 2,
         "dtype": "bfloat16",
         "max_batch": 16,
-        "blocks": 40,
+        "blocks": 32,
+        "snapshots": 16,
+        "slot_bytes": 16 * 24 * 1024,  # 8 heads x 16 x (16 + 2 x 16) floats
+        "block_bytes": 32 * 16 * 1024,  # 2 layers x 2 x 4 heads x 16 x 16 floats
+        "snapshot_bytes": 16 * 8 * 1024,  # 8 heads x 16 x 16 floats
         "block_tokens": 16,
-        "tokens": sum(len(completion.token_ids) for completion in [*completions, *aborted]),
+        "running": 0,
+        "waiting": 0,
+        "tokens": sum(len(completion.token_ids) for completion in completions),
+        "preemptions": 0,
+        "prefix_hit_rate": 0.0,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
+        "acceptance_rate": 0.0,
     }
 
 

@@ -36,14 +36,17 @@ def busy(policy) -> Engine:
     for request_id, length in ((1, 70), (2, 33)):
         engine.submit(make_request(request_id, length, 1))
     engine.step()
-    assert len(engine.running.rows()) == len(engine.scheduler.prefilling) == len(engine.scheduler.waiting) == 1
+    assert engine.running.active.sum() == 2
+    assert (engine.running.computed[1], len(engine.scheduler.waiting)) == (16, 1)
     return engine
 
 
 def test_an_aborted_running_request_keeps_what_it_has(busy, policy) -> None:
-    (completion,) = busy.abort(0)
+    busy.abort(0)
+    assert_memory_is_owned(busy)
+    (completion,) = busy.step()
     assert completion.finish_reason == "abort"
-    assert (len(completion.token_ids), completion.full_log_probs.shape) == (3, (3, 40))
+    assert (len(completion.token_ids), completion.full_log_probs.shape) == (2, (2, 40))
     assert_equals_oracle(policy, make_request(0, 10, 1, 40, temperature=0.7, full_vocab_samples=(0,)), completion)
     assert_memory_is_owned(busy)
     assert sorted(samples_of(run(busy))) == [(1, 0), (2, 0)]
@@ -51,7 +54,8 @@ def test_an_aborted_running_request_keeps_what_it_has(busy, policy) -> None:
 
 @pytest.mark.parametrize("request_id", [1, 2])
 def test_an_aborted_request_without_a_token_comes_back_empty(busy, request_id) -> None:
-    (completion,) = busy.abort(request_id)
+    busy.abort(request_id)
+    (completion,) = busy.step()
     assert (completion.request_id, completion.sample, completion.finish_reason) == (request_id, 0, "abort")
     assert len(completion.token_ids) == 0
     assert_memory_is_owned(busy)
@@ -60,35 +64,23 @@ def test_an_aborted_request_without_a_token_comes_back_empty(busy, request_id) -
 
 def test_an_abort_does_not_disturb_the_others(busy, policy) -> None:
     busy.abort(1)
+    assert samples_of(busy.step()) == [(1, 0)]
     requests = {0: make_request(0, 10, 1, 40, temperature=0.7, full_vocab_samples=(0,)), 2: make_request(2, 33, 1)}
     for completion in run(busy):
         assert_equals_oracle(policy, requests[completion.request_id], completion)
 
 
 def test_aborting_an_unknown_request_does_nothing(busy) -> None:
-    assert busy.abort(99) == []
+    busy.abort(99)
+    assert sorted(samples_of(run(busy))) == [(0, 0), (1, 0), (2, 0)]
 
 
 def test_an_aborted_request_split_over_batches_ends_whole(policy) -> None:
     engine = make_engine(policy, max_batch=2)
     engine.submit(make_request(0, 10, 5, 40, temperature=0.7))
     ended = engine.step()
-    ended += engine.abort(0)
-    assert sorted(samples_of(ended)) == [(0, sample) for sample in range(5)]
-    assert_idle(engine)
-
-
-def test_weights_are_refused_while_a_request_runs(policy) -> None:
-    engine = make_engine(policy, max_batch=2)
-    engine.submit(make_request(0, 5, 1, 40))
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"while requests run; finish or abort them first"):
-            engine.load_weights(export_tensors(policy), 1)
-        engine.step()
-    assert engine.policy_version == 0
     engine.abort(0)
-    engine.load_weights(export_tensors(policy), 1)
-    assert engine.policy_version == 1
+    assert sorted(samples_of(ended + run(engine))) == [(0, sample) for sample in range(5)]
 
 
 def test_weights_change_the_answers_to_those_of_a_fresh_engine(policy) -> None:
@@ -131,8 +123,16 @@ def test_weights_that_do_not_fit_leave_everything_as_it_was(policy) -> None:
             r"request 6: prompt token ids from -1 to 3, the policy has 0 to 39",
         ),
         (
-            make_request(7, 1, 16, 127),
-            r"request 7: needs 128 blocks of key-value memory, the engine has 40; raise rollout.memory_mb",
+            Request(8, np.array([1]), 1, SamplingParams(4, stop_strings=("a",)), seed=0),
+            r"request 8: stop_strings need an engine with `decode`; give it one, or use stop_token_ids",
+        ),
+        (
+            Request(9, np.array([1]), 1, SamplingParams(4, stop_token_ids=(40,)), seed=0),
+            r"request 9: stop_token_ids \(40,\), the policy has 0 to 39",
+        ),
+        (
+            Request(10, np.array([1]), 1, SamplingParams(4, top_log_probs=41), seed=0),
+            r"request 10: top_log_probs 41, the policy has 40 tokens",
         ),
     ],
 )
@@ -145,11 +145,17 @@ def test_requests_that_could_never_run_are_refused_at_submission(policy, request
     assert_idle(engine)
 
 
-def test_the_largest_request_that_fits_runs(policy) -> None:
-    engine = make_engine(policy, max_batch=16, memory_mb=1)
-    request = make_request(0, 8, 5, 120)  # 5 x 8 = 40 blocks, 128 positions
+def test_the_largest_request_that_fits_runs_and_a_larger_one_is_refused() -> None:
+    """A token that is not computed needs no memory: 113 of 7 blocks' 112."""
+    policy = make_policy(2, torch.float32, stops=False)
+    engine = make_engine(policy, max_batch=7, blocks=7)
+    with pytest.raises(ValueError, match=r"request 0: a sample needs 8 blocks .* the engine has 7; raise rollout.mem"):
+        engine.submit(make_request(0, 8, 3, 106))
+    request = make_request(0, 8, 3, 105)
     engine.submit(request)
-    for completion in run(engine):
+    completions = run(engine)
+    assert engine.scheduler.preemptions >= 2
+    for completion in completions:
         assert_equals_oracle(policy, request, completion)
 
 
@@ -162,8 +168,15 @@ def test_generate_is_refused_while_others_run(policy) -> None:
 
 
 def test_two_requests_with_one_id_are_refused(policy) -> None:
-    with pytest.raises(AssertionError, match="two requests have one id"):
-        make_engine(policy, max_batch=2).generate([make_request(1, 4), make_request(1, 5)])
+    engine = make_engine(policy, max_batch=2)
+    with pytest.raises(ValueError, match="request 1: another unanswered one has that id"):
+        engine.generate([make_request(1, 4), make_request(1, 5)])
+    assert_idle(engine)
+    engine.submit(make_request(1, 4))
+    with pytest.raises(ValueError, match="request 1: another unanswered one has that id"):
+        engine.submit(make_request(1, 5))
+    assert samples_of(run(engine)) == [(1, 0)]
+    assert samples_of(engine.generate([make_request(1, 4)])) == [(1, 0)]
 
 
 def test_too_little_memory_for_the_batch_is_refused(policy) -> None:
@@ -172,4 +185,5 @@ def test_too_little_memory_for_the_batch_is_refused(policy) -> None:
         ValueError, match=r"rollout.memory_mb = 3: 100 sequences need at least 4 MiB .* lower rollout.max"
     ):
         Engine(policy, RolloutConfig(max_batch=100, memory_mb=3))
-    assert Engine(policy, RolloutConfig(max_batch=100, memory_mb=4)).num_blocks == 106
+    engine = Engine(policy, RolloutConfig(max_batch=100, memory_mb=4))
+    assert (engine.budget.blocks, engine.budget.snapshots) == (100, 12)  # 106 less the 6 that hold 12 snapshots

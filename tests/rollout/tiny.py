@@ -1,8 +1,10 @@
 """Tiny policies, requests and engines for the rollout tests, and the invariants that hold after every engine step."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +14,19 @@ from policy.names import export_tensors
 from policy.transformer import Policy
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
+from rollout.memory import BlockPool
+from rollout.prefix_cache import PrefixCache
 from rollout.request import Completion, Request, SamplingParams
+from rollout.stop_strings import Decode
 from tests.rollout import oracle
 
 VOCAB, CHUNK, EOS = 40, 16, 0
 
 
 @cache
-def make_policy(group: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0) -> Policy:
-    """The trainer's copy. group 2: linear, softmax MoE, softmax MoE; group 3: linear, linear MoE, softmax MoE."""
+def make_policy(group: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0, stops: bool = True) -> Policy:
+    """The trainer's copy. group 1: softmax, twice with MoE; 2: linear, softmax MoE, softmax MoE; 3: linear, linear MoE,
+    softmax MoE. stops: samples end early."""
     config = PolicyConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -40,28 +46,42 @@ def make_policy(group: int = 2, dtype: torch.dtype = torch.float32, seed: int = 
     )
     policy = Policy(config, dtype)
     policy.initialize(seed)
-    _make_eos_likely(policy)
+    _make_eos_likely(policy, 1.0 if stops else -1.0)
     return policy
 
 
 @torch.no_grad()
-def _make_eos_likely(policy: Policy) -> None:
+def _make_eos_likely(policy: Policy, weight: float) -> None:
     """A channel that every token raises, and that only the end of text reads: samples end after some 3 to 12 tokens."""
     policy.word_embeddings[:, 0] = 12.0
     policy.lm_head[:, 0] = 0.0
-    policy.lm_head[EOS, 0] = 1.0
+    policy.lm_head[EOS, 0] = weight
     for name, buffer in policy.named_buffers():
         if name.endswith("expert_bias"):
             buffer.copy_(torch.linspace(-0.1, 0.1, len(buffer)))
 
 
-def make_engine(policy: Policy, policy_version: int = 0, **config: int) -> Engine:
-    """An engine with its own copy of the weights, in the working dtype and by way of their exported names."""
+def make_engine(
+    policy: Policy, policy_version: int = 0, decode: Decode | None = None, blocks: int | None = None, **config: object
+) -> Engine:
+    """An engine with its own copy of the weights, in the working dtype and by way of their exported names. blocks: as
+    if its memory held so many, and two snapshots."""
     copy = Policy(policy.config, policy.dtype)
     copy.initialize(seed=99)
-    engine = Engine(copy.to_working_dtype(), RolloutConfig(**{"memory_mb": 4, **config}), policy_version)
+    settings = RolloutConfig(**{"memory_mb": 4, **config})
+    engine = Engine(copy.to_working_dtype(), settings, policy_version, decode)
     engine.load_weights(export_tensors(policy), policy_version)
+    if blocks is not None:
+        _shrink(engine, blocks)
     return engine
+
+
+def _shrink(engine: Engine, blocks: int) -> None:
+    snapshots = None if engine.budget.snapshots is None else min(2, engine.budget.snapshots)
+    engine.budget = replace(engine.budget, blocks=blocks, snapshots=snapshots)
+    engine.blocks = engine.scheduler.blocks = BlockPool(blocks)
+    if engine.cache:
+        engine.cache = engine.scheduler.cache = PrefixCache(engine.blocks, snapshots, engine.chunk_size)
 
 
 def make_request(
@@ -71,64 +91,101 @@ def make_request(
     max_new_tokens: int = 8,
     seed: int = 0,
     full_vocab_samples: tuple[int, ...] = (),
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    prompt_ids: np.ndarray | None = None,
+    **sampling: Any,
 ) -> Request:
-    """The prompt, its address and the step follow from `length`, so that equal arguments ask for equal completions."""
-    sampling = SamplingParams(max_new_tokens, temperature, top_p, top_k)
-    prompt_ids = np.random.default_rng(length).integers(1, VOCAB, length)
-    return Request(request_id, prompt_ids, num_samples, sampling, seed, length % 3, length, full_vocab_samples)
+    """The prompt, its address and the step follow from `length`; prompt_ids: another prompt under that address."""
+    if prompt_ids is None:
+        prompt_ids = np.random.default_rng(length).integers(1, VOCAB, length)
+    settings = SamplingParams(max_new_tokens, **sampling)
+    return Request(request_id, prompt_ids, num_samples, settings, seed, length % 3, length, full_vocab_samples)
+
+
+def text_of(ids: list[int]) -> str:
+    """Of most tokens a letter; 36 is nothing, 37 two letters, 38 and 39 are the halves of one character."""
+    pieces = {36: b"", 37: b"ab", 38: "\u00e9".encode()[:1], 39: "\u00e9".encode()[1:]}
+    return b"".join(pieces.get(token, bytes([97 + token % 6])) for token in ids).decode(errors="replace")
 
 
 def expected(policy: Policy, request: Request, sample: int) -> Completion:
-    """The oracle's answer, remembered: `make_request` makes it a function of these arguments."""
-    return _expected(policy, len(request.prompt_ids), request.sampling, request.seed, sample)
-
-
-@cache
-def _expected(policy: Policy, length: int, sampling: SamplingParams, seed: int, sample: int) -> Completion:
-    request = make_request(0, length, sample + 1, seed=seed)
-    return oracle.complete(policy, replace(request, sampling=sampling), sample)
+    """The oracle's answer when the weights never change."""
+    return oracle.complete({0: policy}, request, sample, [0], text_of)
 
 
 def assert_equals_oracle(policy: Policy, request: Request, got: Completion) -> None:
-    """Bit for bit; an aborted sample holds the beginning."""
-    want = expected(policy, request, got.sample)
-    count = len(got.token_ids)
+    """Bit for bit, of one version; an aborted sample holds the beginning."""
+    assert_is(oracle.complete({0: policy}, request, got.sample, [0], text_of), request, got)
+
+
+def assert_equals_versions(policies: Mapping[int, Policy], request: Request, got: Completion) -> None:
+    """The same with every token under the version that the completion says."""
+    versions = got.policy_versions.tolist()
+    want = oracle.complete(policies, request, got.sample, versions or [0], text_of)
+    assert_is(want, request, got)
+    assert np.array_equal(got.policy_versions, want.policy_versions[: len(versions)])
+
+
+def assert_is(want: Completion, request: Request, got: Completion) -> None:
+    count, sampling = len(got.token_ids), request.sampling
     if got.finish_reason == "abort":
         assert count < len(want.token_ids)
     else:
         assert (got.finish_reason, count) == (want.finish_reason, len(want.token_ids))
-    assert np.array_equal(got.token_ids, want.token_ids[:count])
-    assert np.array_equal(got.log_probs, want.log_probs[:count])
-    if got.sample in request.full_vocab_samples and count:
-        assert got.full_log_probs is not None and want.full_log_probs is not None
-        assert np.array_equal(got.full_log_probs, want.full_log_probs[:count])
-    else:
-        assert got.full_log_probs is None
+    kept = {
+        "token_ids": True,
+        "log_probs": True,
+        "full_log_probs": got.sample in request.full_vocab_samples and count > 0,
+        "processed_log_probs": sampling.processed_log_probs and got.processed_log_probs is not None,
+        "top_token_ids": sampling.top_log_probs > 0 and count > 0,
+        "top_log_probs": sampling.top_log_probs > 0 and count > 0,
+    }
+    for name, is_kept in kept.items():
+        assert (getattr(got, name) is not None) == is_kept, name
+        assert not is_kept or np.array_equal(getattr(got, name), getattr(want, name)[:count]), name
+    if sampling.processed_log_probs and count:
+        assert got.processed_log_probs is not None
 
 
 def assert_memory_is_owned(engine: Engine) -> None:
-    """Every slot and block is free, or held by exactly the samples that say so."""
-    held = [(group, index) for group in engine.scheduler.prefilling for index in range(len(group.samples))]
-    held += [(engine.running.group[slot], engine.running.index[slot]) for slot in engine.running.rows().tolist()]
-    slots = [group.slots[index] for group, index in held]
-    assert sorted(slots + engine.slots._free) == list(range(engine.config.max_batch))
-    references = Counter(block for group, index in held for block in engine.scheduler.block_row(group, index).tolist())
-    assert engine.blocks._references == [references[block] for block in range(engine.num_blocks)]
-    assert sorted([*references, *engine.blocks._free]) == list(range(engine.num_blocks))
-    own = Counter(block for group, index in held for block in group.own_blocks[index])
-    assert all(count == 1 == references[block] for block, count in own.items())
+    """Every slot, block and snapshot is free, or held by those that say so; what is written next is not shared."""
+    running, chunk = engine.running, engine.chunk_size
+    used = running.slots().tolist()
+    kept = [slot for each in used for _, slot in running.sequence[each].followers]
+    assert sorted(used + kept + engine.slots._free) == list(range(engine.config.max_batch))
+    assert engine.scheduler.leaders == {slot for slot in used if running.sequence[slot].followers}
+    references = Counter(block for slot in used for block in running.blocks(slot))
+    assert engine.blocks._references == [references[block] for block in range(engine.budget.blocks)]
+    free = [*engine.blocks._empty, *engine.blocks._idle]
+    assert sorted([*references, *free]) == list(range(engine.budget.blocks))
+    assert engine.blocks._idle.keys() == engine.blocks.cached - references.keys()
+    for slot in used:
+        assert len(running.blocks(slot)) * chunk >= running.computed[slot]
+        own = running.blocks(slot)[running.computed[slot] // chunk :]
+        assert all(references[block] == 1 and block not in engine.blocks.cached for block in own)
+    if engine.cache:
+        _assert_cache_is_whole(engine.cache, engine)
+
+
+def _assert_cache_is_whole(cache: PrefixCache, engine: Engine) -> None:
+    chunks = set(cache._chunks.values())
+    assert set(cache._by_block.values()) == chunks
+    assert {chunk.block for chunk in chunks} == engine.blocks.cached == set(cache._by_block)
+    assert all(key == chunk.key and key[0] == engine.policy_version for key, chunk in cache._chunks.items())
+    snapshots = {chunk.snapshot: chunk for chunk in chunks if chunk.snapshot is not None}
+    assert snapshots == dict(cache._snapshots)
+    assert sorted([*snapshots, *cache._free_snapshots]) == list(range(engine.budget.snapshots or 0))
 
 
 def assert_idle(engine: Engine) -> None:
     """All memory is back and nothing of a sample is left."""
     assert not engine.has_work
-    assert (engine.slots.num_free, engine.blocks.num_free) == (engine.config.max_batch, engine.num_blocks)
+    assert not engine.scheduler.waiting
+    assert (engine.slots.num_free, engine.blocks.num_free) == (engine.config.max_batch, engine.budget.blocks)
     assert not engine.running.active.any()
-    assert engine.running.group == [None] * engine.config.max_batch
-    assert engine.running.full_vocab == {}
+    assert engine.running.sequence == [None] * engine.config.max_batch
+    assert not engine.running.watched
+    assert not engine.scheduler.leaders
+    assert not engine.scheduler._to_cache
 
 
 def samples_of(completions: list[Completion]) -> list[tuple[int, int]]:

@@ -1,0 +1,83 @@
+"""Decode steps through fixed buffers, padded to a few sizes: the bits of plain steps. On a GPU recorded and replayed;
+in the interpreter, under the adversarial dot, the same buffers step by step."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import ops
+from ops.dispatch import Path, force
+from policy.cache import CachePools, CacheView
+from policy.names import export_tensors, load_tensors
+from policy.transformer import Policy
+from rollout.decode_graph import DecodeGraphs, padded_sizes
+from tests.ops.kernels.harness import DEVICE, ON_GPU, adversarial
+from tests.rollout.tiny import make_policy
+
+SLOTS, WIDTH, SEQUENCES = 4, 4, 3
+PROMPTS = (14, 16, 31)  # the next tokens end a chunk, begin one, and end one
+
+
+@pytest.fixture(autouse=True)
+def _triton_path() -> Iterator[None]:
+    with force(Path.TRITON), torch.no_grad():
+        yield
+
+
+def opened(policy: Policy) -> tuple[CachePools, np.ndarray, np.ndarray]:
+    """Pools in which the prompts are computed; slots and blocks of the sequences, neither in order."""
+    pools = CachePools(policy.config, SLOTS + 1, SLOTS * WIDTH + 1, policy.dtype, policy.device)
+    slots = np.array([2, 0, 3])
+    table = np.random.default_rng(0).permutation(SLOTS * WIDTH)[: SEQUENCES * WIDTH].reshape(SEQUENCES, WIDTH)
+    ids = torch.arange(sum(PROMPTS), device=policy.device) % 40
+    layout = ops.ChunkLayout.build(PROMPTS, policy.config.chunk_size, device=policy.device)
+    policy(ids, layout, view_of(pools, slots, table))
+    return pools, slots, table
+
+
+def view_of(pools: CachePools, slots: np.ndarray, table: np.ndarray) -> CacheView:
+    return CacheView(pools, torch.from_numpy(slots).to(DEVICE), torch.from_numpy(table).to(DEVICE))
+
+
+def owned(pools: CachePools) -> list[Tensor]:
+    """What sequences may own: all but the spare slot and block."""
+    return [pool[:-1] for kind in (pools.linear, pools.softmax) for layer in kind.values() for pool in layer]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_padded_step_through_fixed_buffers_gives_the_bits_of_a_plain_one(dtype: torch.dtype) -> None:
+    policy = copy.deepcopy(make_policy(group=3, dtype=dtype)).to_working_dtype(DEVICE)
+    policy.lm_head.data = policy.lm_head.data.to(dtype)  # as a GPU stores it
+    with adversarial(order_seed=1):
+        (plain, slots, table), (fixed, *_) = opened(policy), opened(policy)
+    graphs = DecodeGraphs(policy, fixed, SLOTS, SLOTS * WIDTH, SLOTS, WIDTH, capture=ON_GPU)
+    for step in range(3):
+        ids, positions = np.arange(SEQUENCES) + 5 * step, np.array(PROMPTS) + step
+        layout = ops.ChunkLayout.build([1] * SEQUENCES, policy.config.chunk_size, positions.tolist(), DEVICE)
+        with adversarial(order_seed=2 + step):
+            want = policy(torch.from_numpy(ids).to(DEVICE), layout, view_of(plain, slots, table))
+        with adversarial(order_seed=9 - step):
+            got = graphs.run(ids, slots, table, positions)
+        assert torch.equal(got, want)
+        assert all(torch.equal(one, other) for one, other in zip(owned(fixed), owned(plain), strict=True))
+
+
+def test_new_weights_are_copied_to_where_a_recording_reads_them() -> None:
+    policy = copy.deepcopy(make_policy()).to_working_dtype()
+    other = Policy(policy.config, policy.dtype)
+    other.initialize(seed=7)
+    places = [parameter.data_ptr() for parameter in policy.parameters()]
+    load_tensors(policy, export_tensors(other))
+    assert places == [parameter.data_ptr() for parameter in policy.parameters()]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3, 5, 64, 65, 100, 256])
+def test_sizes_grow_to_hold_every_batch(max_batch: int) -> None:
+    sizes = padded_sizes(max_batch)
+    assert sizes[0] == 1 and sizes[-1] >= max_batch and all(a < b <= a + 32 for a, b in itertools.pairwise(sizes))
