@@ -15,8 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from policy.routing import UNKNOWN, Routing
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+ExpertArray = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +27,9 @@ class TrainSample:
     """One prompt with one completion.
 
     input_ids: int64 [prompt length + completion length]. rollout_log_probs: float32 [completion length], the engine's
-    record for each sampled token. advantage: shared by all tokens of the completion.
+    record for each sampled token. advantage: shared by all tokens of the completion. routed_experts: int16 [tokens - 1,
+    mixture layers, k], the experts that the engine sent each token but the last to, for the trainer to replay; -1 where
+    it kept no record. None lets the trainer's router decide.
     Raises ValueError when lengths or dtypes disagree, or a number is not finite.
     """
 
@@ -32,6 +37,7 @@ class TrainSample:
     prompt_length: int
     rollout_log_probs: FloatArray
     advantage: float
+    routed_experts: ExpertArray | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length < len(self.input_ids):
@@ -54,6 +60,21 @@ class TrainSample:
                 f"a number of the sample is not finite (advantage {self.advantage}, smallest rollout_log_prob "
                 f"{self.rollout_log_probs.min()}); look at the reward and at the engine that sampled it"
             )
+        if self.routed_experts is not None:
+            self._check_experts(self.routed_experts)
+
+    def _check_experts(self, experts: ExpertArray) -> None:
+        if experts.dtype != np.int16 or experts.ndim != 3 or len(experts) != len(self.input_ids) - 1:
+            raise ValueError(
+                f"routed_experts are {experts.dtype} {list(experts.shape)} for {len(self.input_ids)} input_ids; pass "
+                "int16 [tokens - 1, mixture layers, k]: the last token was never computed by the engine"
+            )
+        ordered = np.sort(experts, axis=-1)
+        known = ordered[..., 0] >= 0
+        if (ordered[~known] != UNKNOWN).any() or (ordered[known][:, 1:] == ordered[known][:, :-1]).any():
+            raise ValueError(
+                f"routed_experts of a token must be different experts, or {UNKNOWN} throughout where there is no record"
+            )
 
     @property
     def completion_length(self) -> int:
@@ -70,7 +91,8 @@ class PackedBatch:
     """Samples laid end to end: T tokens, each sequence from position 0.
 
     input_ids: int64 [T]. lengths: tokens of each sequence, in order. response_mask: bool [T], true on completion
-    tokens. rollout_log_probs, advantages: float32 [T], zero on prompt tokens.
+    tokens. rollout_log_probs, advantages: float32 [T], zero on prompt tokens. routed_experts: int16 [T, mixture layers,
+    k], UNKNOWN where a sample has no record, or None where none has.
     """
 
     input_ids: Tensor
@@ -78,6 +100,7 @@ class PackedBatch:
     response_mask: Tensor
     rollout_log_probs: Tensor
     advantages: Tensor
+    routed_experts: Tensor | None = None
 
     @classmethod
     def pack(cls, samples: Sequence[TrainSample], device: torch.device | str = "cpu") -> PackedBatch:
@@ -96,7 +119,19 @@ class PackedBatch:
             start += length
         tensors = (input_ids, response_mask, rollout_log_probs, advantages)
         input_ids, response_mask, rollout_log_probs, advantages = (x.to(device) for x in tensors)
-        return cls(input_ids, lengths, response_mask, rollout_log_probs, advantages)
+        routed_experts = _pack_experts(samples)
+        if routed_experts is not None:
+            routed_experts = routed_experts.to(device)
+        return cls(input_ids, lengths, response_mask, rollout_log_probs, advantages, routed_experts)
+
+    @property
+    def completion_lengths(self) -> list[int]:
+        """Completion tokens of each sequence."""
+        return [int(mask.sum()) for mask in self.response_mask.cpu().split(list(self.lengths))]
+
+    def routing(self) -> Routing | None:
+        """For one forward of the batch."""
+        return None if self.routed_experts is None else Routing(self.routed_experts)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
         """(prediction_rows, targets), both int64 [N], for the N completion tokens in order.
@@ -109,5 +144,21 @@ class PackedBatch:
 
     def split_completions(self, values: Tensor) -> list[FloatArray]:
         """Cuts float32 values [N] of the completion tokens into one array for each sequence."""
-        completion_lengths = [int(mask.sum()) for mask in self.response_mask.cpu().split(list(self.lengths))]
-        return [part.numpy().copy() for part in values.cpu().split(completion_lengths)]
+        return [part.numpy().copy() for part in values.cpu().split(self.completion_lengths)]
+
+    def split_experts(self, chosen: Tensor) -> list[ExpertArray]:
+        """Cuts int16 expert ids [T, mixture layers, k] into one array [tokens - 1, ...] for each sequence."""
+        return [part[:-1].numpy().copy() for part in chosen.cpu().split(list(self.lengths))]
+
+
+def _pack_experts(samples: Sequence[TrainSample]) -> Tensor | None:
+    recorded = next((sample.routed_experts for sample in samples if sample.routed_experts is not None), None)
+    if recorded is None:
+        return None
+    packed = np.full((sum(len(sample.input_ids) for sample in samples), *recorded.shape[1:]), UNKNOWN, np.int16)
+    start = 0
+    for sample in samples:
+        if sample.routed_experts is not None:
+            packed[start : start + len(sample.routed_experts)] = sample.routed_experts
+        start += len(sample.input_ids)
+    return torch.from_numpy(packed)

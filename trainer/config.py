@@ -1,8 +1,10 @@
 """How the policy is updated: micro-batches, optimizer and the clipped objective."""
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer.correction_config import CorrectionConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -29,3 +31,24 @@ class TrainerConfig(BaseModel):
     clip_ratio_high: float = Field(
         0.28, gt=0, allow_inf_nan=False, description="The ratio of new to old probability is clipped above 1 plus this."
     )
+    old_log_probs: Literal["auto", "rollout", "recomputed"] = Field(
+        "auto",
+        description="Denominator of the clipped ratio: the engine's record (report Eq. 5), or the trainer's own before "
+        "the update (Eq. 6), which the correction then compares with the record; auto recomputes where the correction "
+        "weighs tokens.",
+    )
+    correction: CorrectionConfig = CorrectionConfig()
+
+    @model_validator(mode="after")
+    def _weigh_once(self) -> Self:
+        require_one_weighing(self.old_log_probs, self.correction)
+        return self
+
+
+def require_one_weighing(old_log_probs: str, correction: CorrectionConfig) -> None:
+    """Raises ValueError where ratio and weight would both hold pi_train / pi_rollout."""
+    if old_log_probs == "rollout" and correction.weighs:
+        raise ValueError(
+            f"old_log_probs = rollout with correction.method = {correction.method}: the ratio to the record would "
+            "count twice, in the clipped ratio and as a weight; set old_log_probs to auto or recomputed"
+        )

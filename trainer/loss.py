@@ -45,17 +45,21 @@ def policy_loss(
     num_tokens_global: int,
     clip_ratio_low: float,
     clip_ratio_high: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, LossSums]:
     """The clipped surrogate of PPO as GRPO uses it, with its own upper bound for the ratio (clip-higher, DAPO).
 
     ratio = exp(log_probs - old_log_probs); the loss of a token is
     -min(ratio * advantage, clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high) * advantage).
-    log_probs, old_log_probs, advantages: [N], one float dtype. Returns the scalar loss and its detached sums.
+    log_probs, old_log_probs, advantages: [N], one float dtype. weights: the same, constants that multiply the loss of
+    a token; 0 leaves it out of loss and gradient. Returns the scalar loss and its detached sums.
     """
     log_ratio = log_probs - old_log_probs
-    ratio = log_ratio.exp()
+    # Before exp, as 0 times the gradient of an overflow is NaN.
+    ratio = (log_ratio if weights is None else log_ratio.masked_fill(weights == 0, 0.0)).exp()
     clipped_ratio = ratio.clamp(1 - clip_ratio_low, 1 + clip_ratio_high)
-    loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages).sum() / num_tokens_global
+    surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    loss = -(surrogate if weights is None else surrogate * weights).sum() / num_tokens_global
     return loss, _sums(loss.detach(), log_ratio.detach(), advantages, clip_ratio_low, clip_ratio_high)
 
 

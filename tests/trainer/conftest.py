@@ -28,7 +28,7 @@ class TinyPolicy(nn.Module):
         self.lm_head.weight = self.embedding.weight
         self.register_buffer("offset", torch.randn(dim))
 
-    def forward(self, input_ids: Tensor, layout) -> Tensor:
+    def forward(self, input_ids: Tensor, layout, routing=None) -> Tensor:
         hidden = self.embedding(input_ids) + self.position(layout.position_ids)
         return (hidden + self.offset).tanh() * self.scale
 

@@ -61,6 +61,16 @@ def test_on_policy_samples_have_a_ratio_of_exactly_one(make_trainer, samples) ->
     assert 0 < metrics["policy/entropy"] <= math.log(11)
 
 
+def test_entropies_belong_to_the_tokens_of_each_sample(make_trainer, samples) -> None:
+    trainer = make_trainer(token_budget=14)
+    result = trainer.compute(samples)
+    assert [len(each) for each in result.entropies] == [sample.completion_length for sample in samples]
+    rows = [trainer.full_log_probs(sample).astype(np.float64) for sample in samples]
+    for found, full in zip(result.entropies, rows, strict=True):
+        # float32 logits of at most 11 entries: a few roundings of 6e-8 each.
+        np.testing.assert_allclose(found, -(np.exp(full) * full).sum(axis=1), atol=1e-5)
+
+
 def test_loss_of_the_step_is_per_token(make_trainer, samples) -> None:
     trainer = make_trainer()
     result = trainer.compute(on_policy(trainer, samples))

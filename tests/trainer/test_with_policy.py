@@ -1,12 +1,15 @@
 """The trainer on the real network: packing moves no bit, and a resumed run is the same run."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from ops import ChunkLayout
 from policy.config import PolicyConfig
+from policy.routing import Routing
 from policy.transformer import Policy
 from trainer.batch import TrainSample
 from trainer.config import TrainerConfig
@@ -88,3 +91,69 @@ def test_supervised_steps_lower_the_loss(sequences) -> None:
     losses = [trainer.supervised_step(demonstrations)["supervised/loss"] for _ in range(20)]
     assert losses[0] == pytest.approx(np.log(40), rel=0.05)
     assert losses[-1] < 0.7 * losses[0]
+
+
+def recorded(trainer: Trainer, samples: list[TrainSample], turn: int) -> list[TrainSample]:
+    """With the experts of the trainer's own router, each `turn` further on: 0 is what an aligned engine records."""
+    made = []
+    for sample in samples:
+        routing = Routing()
+        layout = ChunkLayout.build([len(sample.input_ids)], CONFIG.chunk_size)
+        with torch.no_grad():
+            trainer.policy(torch.from_numpy(sample.input_ids), layout, routing=routing)
+        experts = (routing.chosen()[:-1].numpy() + np.int16(turn)) % np.int16(CONFIG.num_experts)
+        made.append(dataclasses.replace(sample, routed_experts=experts))
+    return made
+
+
+def test_replaying_the_trainers_own_routing_moves_no_bit(sequences) -> None:
+    plain, replayed = make(), make()
+    samples = recorded(plain, sequences, turn=0)
+    results = [plain.compute(sequences), replayed.compute(samples)]
+    assert results[0].routed_experts == [None] * len(sequences)
+    for sample, chosen in zip(samples, results[1].routed_experts, strict=True):
+        assert chosen is not None and sample.routed_experts is not None
+        assert np.array_equal(chosen, sample.routed_experts)
+    for trainer in (plain, replayed):
+        trainer.apply()
+    expected = plain.state_tensors()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in replayed.state_tensors().items())
+
+
+def test_packing_moves_no_bit_of_a_replay_and_every_forward_replays(sequences) -> None:
+    """Two samples have no record. Those with one have other log-probs than without."""
+    trainer = make()
+    turned = recorded(trainer, sequences, turn=1)
+    samples = [sequences[0], *turned[1:4], sequences[4]]
+    result = trainer.compute(samples)
+    assert [experts is None for experts in result.routed_experts] == [True, False, False, False, True]
+    for sample, packed in zip(samples, result.log_probs, strict=True):
+        (alone,) = trainer.log_probs([sample])
+        assert np.array_equal(alone, packed)
+        completion = sample.input_ids[sample.prompt_length :]
+        assert np.array_equal(trainer.full_log_probs(sample)[np.arange(len(completion)), completion], packed)
+    differs = [not np.array_equal(*pair) for pair in zip(result.log_probs, trainer.log_probs(sequences), strict=True)]
+    assert differs == [False, True, True, True, False]
+
+
+def test_a_record_of_another_policy_is_refused(sequences) -> None:
+    trainer = make()
+    (sample,) = recorded(trainer, sequences[:1], turn=0)
+    assert sample.routed_experts is not None
+    for experts in (sample.routed_experts + np.int16(CONFIG.num_experts), sample.routed_experts[:, :, :1]):
+        with pytest.raises(ValueError, match="the engine runs another policy"):
+            trainer.compute([dataclasses.replace(sample, routed_experts=experts)])
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (np.zeros((3, 1, 1), np.int64), r"routed_experts are int64 \[3, 1, 1\] for 4 input_ids"),
+        (np.zeros((4, 1, 1), np.int16), r"int16 \[4, 1, 1\] for 4 input_ids"),
+        (np.zeros((3, 1, 2), np.int16), "must be different experts"),
+        (np.array([[[0, 1]], [[-1, 2]], [[-1, -1]]], np.int16), "or -1 throughout"),
+    ],
+)
+def test_a_record_that_cannot_be_is_refused(experts, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainSample(np.arange(4), 2, np.zeros(2, np.float32), 1.0, experts)
