@@ -81,7 +81,7 @@ def planned_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) ->
     """The policy of a recipe, read or to be made; without a tokenizer, as large as the recipe allows."""
     source = recipe.policy
     if source.path is not None:
-        return read_config(Path(source.path), source.chunk_size, source.decay_layer_index)
+        return read_config(Path(source.path), source.chunk_size, source.decay_layer_index, source.fp8_linear)
     if tokenizer is not None:
         return made_config(recipe, len(tokenizer), tokenizer.eos_token_id)
     assert source.vocab_size is not None
@@ -94,10 +94,12 @@ def base_folder(recipe: Recipe) -> Path:
 
 
 def made_config(recipe: Recipe, vocab_size: int, eos_token_id: int) -> PolicyConfig:
-    decay = {"decay_layer_index": recipe.policy.decay_layer_index} if recipe.policy.decay_layer_index else {}
-    own = {"lockstep": {"chunk_size": recipe.policy.chunk_size, **decay}}
+    source = recipe.policy
+    chosen = {"decay_layer_index": source.decay_layer_index, "fp8_linear": source.fp8_linear}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    own = {"lockstep": {"chunk_size": source.chunk_size, **given}}
     tokens = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "pad_token_id": eos_token_id}
-    return PolicyConfig.from_hf({**recipe.policy.config, **tokens, **own})
+    return PolicyConfig.from_hf({**source.config, **tokens, **own})
 
 
 def _warm_start(

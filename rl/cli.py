@@ -7,22 +7,32 @@ from typing import Annotated
 
 import typer
 
+from rl.cli_bench import bench_app
+from rl.cli_compare import compare
 from rl.cli_data import data_app
+from rl.cli_diagnose import diagnose_run
 from rl.cli_eval import compare_eval, eval_policy
+from rl.cli_monitor import monitor
 from rl.cli_plan import plan
 from rl.cli_policy import export, generate_text
 from rl.cli_reward import reward_app
+from rl.cli_serve import serve
 from rl.cli_support import clear_errors, console
 from rl.threads import THREAD_ENVIRONMENT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(reward_app, name="reward")
 app.command("eval")(eval_policy)
+app.command("compare")(compare)
 app.command("compare-eval")(compare_eval)
+app.command("diagnose")(diagnose_run)
 app.command("export")(export)
 app.command("generate")(generate_text)
+app.command("monitor")(monitor)
 app.command("plan")(plan)
+app.command("serve")(serve)
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,13 +81,19 @@ def train(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Recipe file or run folder that the recipe is shown against; by default the defaults."),
+    ] = None,
+) -> None:
     """Writes RUN/report.html anew."""
     with clear_errors():
         from rl.report import write_report
         from rl.run_folder import RunFolder
 
-        console.print(str(write_report(RunFolder.open(run).path)), highlight=False, soft_wrap=True)
+        console.print(str(write_report(RunFolder.open(run).path, base)), highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -12,13 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from policy.lora_config import LoraConfig
 from reward.config import RewardConfig
 from rl.data_config import DataConfig
+from rl.monitor_config import MonitorConfig, correcting
 from rl.recipe_errors import describe_problems
 from rl.recipe_yaml import apply_overrides, dump_mapping, parse_mapping
 from rollout.config import RolloutConfig
 from trainer.config import TrainerConfig
 
 # Trainer fields that the supervised warm start does not read.
-_REINFORCEMENT_ONLY = {"learning_rate", "warmup_steps", "clip_ratio_low", "clip_ratio_high"}
+_REINFORCEMENT_ONLY = {
+    "learning_rate",
+    "warmup_steps",
+    "clip_ratio_low",
+    "clip_ratio_high",
+    "old_log_probs",
+    "correction",
+}
 # The keys of ops.FAST_FORMS; a recipe is read without torch, which ops would load.
 FAST_OPERATORS = ("linear", "rms_norm", "softmax_attention", "lightning_attention")
 
@@ -45,6 +53,11 @@ class PolicySource(_Section):
     )
     chunk_size: int = Field(
         16, ge=16, description="Tokens in a chunk of linear attention, a power of two; part of the policy's numerics."
+    )
+    fp8_linear: bool | None = Field(
+        None,
+        description="Multiply in blockwise FP8 in attention projections, MLPs and experts, trainer and engines alike; "
+        "null takes what the policy's config.json says, false where it says nothing. Needs dtype bfloat16.",
     )
     decay_layer_index: Literal["engine", "hf"] | None = Field(
         None,
@@ -98,7 +111,10 @@ class LoopConfig(_Section):
     prompts_per_step: int = Field(ge=1, description="Prompts in a step.")
     group_size: int = Field(ge=2, description="Completions sampled for each prompt; advantages compare them.")
     max_staleness: int = Field(
-        0, ge=0, description="Most versions by which a sampling policy may lag; only 0, synchronous, for now."
+        0,
+        ge=0,
+        description="Most versions by which a sampling policy may lag. 0 is synchronous; with more, the batches of so "
+        "many later steps are sampled while a step trains.",
     )
     checkpoint_every: int = Field(5, ge=1, description="Steps between checkpoints; the last step always writes one.")
     keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints that are kept.")
@@ -109,16 +125,15 @@ class LoopConfig(_Section):
     full_vocab_sequences: int = Field(
         2, ge=0, description="At most this many sequences of a step are compared over the whole vocabulary."
     )
+    rescored_sequences: int = Field(
+        8,
+        ge=0,
+        description="At most this many sequences of an asynchronous step are scored again under the weights that they "
+        "were sampled from.",
+    )
     rollouts_saved: int = Field(
         4, ge=0, description="At most this many groups of a step are written to the run folder."
     )
-
-    @field_validator("max_staleness")
-    @classmethod
-    def _synchronous(cls, value: int) -> int:
-        if value:
-            raise ValueError(f"must be 0, got {value}: sampling from a stale policy is not supported yet")
-        return value
 
 
 class OpsConfig(_Section):
@@ -163,12 +178,14 @@ class Recipe(_Section):
     reward: RewardConfig = RewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     loop: LoopConfig
+    monitor: MonitorConfig = MonitorConfig()
     ops: OpsConfig = OpsConfig()
     ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        problems = _policy_problems(self) + _rollout_problems(self) + _reward_problems(self) + _ops_problems(self)
+        problems = _policy_problems(self) + _rollout_problems(self) + _reward_problems(self) + _alignment_problems(self)
+        problems += _alarm_problems(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -279,13 +296,27 @@ def _reward_problems(recipe: Recipe) -> list[str]:
     ]
 
 
-def _ops_problems(recipe: Recipe) -> list[str]:
-    if not recipe.ops.fast or recipe.loop.on_mismatch != "stop":
+def _alignment_problems(recipe: Recipe) -> list[str]:
+    if recipe.loop.on_mismatch != "stop":
         return []
-    return [
-        f"ops.fast: {', '.join(recipe.ops.fast)} in fast form gives the trainer other log-probabilities than the "
-        "sampler's, at which loop.on_mismatch = stop ends the run; set loop.on_mismatch=warn"
-    ]
+    rule = "gives the trainer other log-probabilities than the sampler's, at which loop.on_mismatch = stop ends the run"
+    fast, engine = ", ".join(recipe.ops.fast), recipe.rollout.engine
+    problems = [f"ops.fast: {fast} in fast form {rule}; set loop.on_mismatch=warn"] if fast else []
+    foreign = [] if recipe.rollout.is_aligned else [f"rollout.engine: {engine} {rule}; set loop.on_mismatch=warn"]
+    return problems + foreign
+
+
+def _alarm_problems(recipe: Recipe) -> list[str]:
+    correction, asked = recipe.trainer.correction.method, ", ".join(correcting(recipe.monitor))
+    if not asked:
+        return []
+    rule = f"monitor.alarms: {asked} would switch trainer.correction on, but"
+    problems = []
+    if correction not in ("auto", "none"):
+        problems.append(f"{rule} it is on from the start ({correction}); set another action or method=auto")
+    if recipe.trainer.old_log_probs == "rollout":
+        problems.append(f"{rule} it needs the trainer's own old log-probs; set trainer.old_log_probs=auto")
+    return problems
 
 
 def _length_problems(recipe: Recipe, key: str, new_tokens: int) -> list[str]:

@@ -19,6 +19,7 @@ from rl.doctor_ops import PROBES
 from rl.doctor_paths import path_checks
 from rl.doctor_policy import find_mismatch, find_unrepeatable
 from rl.doctor_probe import find_difference, torch_threads
+from rl.doctor_vllm import vllm_checks
 
 ONE_THREAD = "set rollout.threads=1 and trainer.threads=1"
 MEASURE = "set loop.on_mismatch=warn, so that a run measures the mismatch instead of stopping, and report this machine"
@@ -32,7 +33,7 @@ def run_checks(threads: int | None) -> list[Check]:
     threads = threads or available_cores()
     with torch_threads(threads):
         chosen, reason = choose_dtype("auto", torch.device("cpu"))
-    checks = [*machine_checks(threads), *path_checks(), Check("policy.dtype=auto", True, reason)]
+    checks = [*machine_checks(threads), *path_checks(), *vllm_checks(), Check("policy.dtype=auto", True, reason)]
     return [*checks, *operator_checks(PROBES, chosen, threads), *policy_checks(chosen, threads)]
 
 

@@ -83,7 +83,7 @@ def _sample(dtype: torch.dtype) -> dict[str, RowPath]:
     top_k, min_p = torch.where(index % 5 == 0, 20, 0), torch.where(index % 7 == 0, 0.1, 0.0)
 
     def forward(rows: slice) -> Tensor:
-        tokens, chosen, all_log_probs = ops.sample(
+        tokens, chosen, all_log_probs, _ = ops.sample(
             hidden[rows], head, temperature[rows], top_p[rows], top_k[rows], min_p[rows], uniform[rows], dtype
         )
         return torch.cat([tokens.float().unsqueeze(1), chosen.unsqueeze(1), all_log_probs], dim=1)

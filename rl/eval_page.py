@@ -14,8 +14,8 @@ from rl.eval_problem import Graded, ProblemResult
 from rl.eval_scores import average_name, pass_at_k, score_names
 from rl.eval_table import evaluation_lines, shortened
 from rl.page import write_page
-from rl.report_rollouts import cut
-from rl.report_svg import Chart, Point, Series
+from rl.report.rollouts import cut
+from rl.report.svg import Chart, Point, Series
 
 MAX_TEXTS = 512  # completions of the whole page that are shown with their text; but one of each problem always is
 MAX_TEXTS_OF_PROBLEM = 8
@@ -59,6 +59,7 @@ def write_evaluation_page(path: Path, result: Mapping[str, Any], completions: Pa
     write_page(
         path,
         "eval_template.html",
+        styles=["eval_page.css"],
         result=result,
         average=average_name(result),
         scores=_headline(result),

@@ -15,7 +15,13 @@ from rollout.request import Completion, Request
 
 def open_engine(folder: Path, config: RolloutConfig) -> tuple[Engine, PreTrainedTokenizerBase]:
     """The policy in a Hugging Face folder. Raises ValueError when it is none."""
-    return Engine(load_policy(folder).to_working_dtype(choose_device("auto")), config), load_tokenizer(folder)
+    policy = load_policy(folder).to_working_dtype(choose_device("auto"))
+    tokenizer = load_tokenizer(folder)
+
+    def decode(token_ids: list[int]) -> str:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    return Engine(policy, config, decode=decode), tokenizer
 
 
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[Completion]:

@@ -1,7 +1,7 @@
 """The check that gives the project its name: trainer log-probs against the engine's record, bit for bit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,25 +20,21 @@ class Sampled:
 
 @dataclass
 class Comparison:
-    """Pools over sequences; `first` describes the first unequal token."""
+    """Pools over sequences; `first` describes the first unequal token. values: further metrics of the step."""
 
     step: int
     tokens_compared: int = 0
     tokens_unequal: int = 0
-    diff_sum: float = 0.0
-    diff_max: float = 0.0
     full_vocab_rows: int = 0
     full_vocab_unequal: int = 0
     first: str | None = None
+    values: dict[str, float] = field(default_factory=dict)
 
     def add(self, where: Sampled, log_probs: np.ndarray, rollout_log_probs: np.ndarray) -> None:
         """Compares one sequence, float32 [n] each. NaN equals nothing."""
         unequal = ~(log_probs == rollout_log_probs)
-        diff = np.abs(log_probs.astype(np.float64) - rollout_log_probs.astype(np.float64))
         self.tokens_compared += len(log_probs)
         self.tokens_unequal += int(unequal.sum())
-        self.diff_sum += float(diff.sum())
-        self.diff_max = max(self.diff_max, float(diff.max(initial=0.0)))
         if unequal.any() and self.first is None:
             token = int(unequal.argmax())
             self.first = (
@@ -71,10 +67,9 @@ class Comparison:
 
     def metrics(self) -> dict[str, float]:
         return {
+            **self.values,
             "mismatch/tokens_compared": self.tokens_compared,
             "mismatch/tokens_unequal": self.tokens_unequal,
-            "mismatch/log_prob_diff_max": self.diff_max,
-            "mismatch/log_prob_diff_mean": self.diff_sum / max(self.tokens_compared, 1),
             "mismatch/full_vocab_rows": self.full_vocab_rows,
             "mismatch/full_vocab_unequal": self.full_vocab_unequal,
         }

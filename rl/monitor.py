@@ -1,23 +1,22 @@
-"""Where the metrics of a run go: `metrics.jsonl` (the record), TensorBoard and one line a step on the console.
+"""Where the metrics of a run go: `metrics.jsonl` (the record), trackers and one line a step on the console.
 
-`metrics.jsonl` is what resume and the report read, so a failure to write it stops the run; TensorBoard and the
-console are views of it, and a failing view is said once and left out.
+`metrics.jsonl` is what resume and the report read: steps that it cannot take wait in memory and in the checkpoints,
+until it can. Trackers and the console are views of it, and a failing view is said once and left out.
 """
 
 import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from rl.eval_scores import AVERAGE
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from rl.trackers import Guarded, TensorBoard, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +26,42 @@ Record = dict[str, float | None]
 """One step of `metrics.jsonl`: "step" and the metrics by name; None where the value was NaN or infinite."""
 
 
+class LineFile:
+    """A file of lines on a disk that may refuse them for a while: none is lost, doubled or torn."""
+
+    def __init__(self, path: Path) -> None:
+        self.waiting: list[str] = []
+        self._path = path
+        self._whole: int | None = None  # bytes of the file that are whole lines, where a write has failed
+        self._failing = False
+
+    def append(self, *lines: str) -> None:
+        """Writes what waits and these; what the disk refuses waits, and that is said when it begins and ends."""
+        self.waiting += lines
+        if not self.waiting:
+            return
+        try:
+            self._write("".join(line + "\n" for line in self.waiting).encode())
+        except OSError as error:
+            if not self._failing:
+                logger.warning("%s cannot be written (%s); the run goes on and tries again", self._path, error)
+            self._failing = True
+            return
+        if self._failing:
+            logger.warning("%s is written again, and holds all %d lines that waited", self._path, len(self.waiting))
+        self._failing = False
+        self.waiting.clear()
+
+    def _write(self, text: bytes) -> None:
+        with self._path.open("ab") as file:
+            if self._whole is None:
+                self._whole = file.tell()
+            else:
+                file.truncate(self._whole)
+            file.write(text)
+        self._whole = None
+
+
 class Monitor:
     """Writes one dict of metrics a step to every sink.
 
@@ -34,67 +69,64 @@ class Monitor:
         run_dir: the run folder; it must exist.
         console: where the line of a step is printed; None prints nothing.
         steps: the number of steps of the whole run, shown as `step 12/40`.
+        trackers: by default TensorBoard alone.
     """
 
-    def __init__(self, run_dir: Path, console: Console | None = None, steps: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        console: Console | None = None,
+        steps: int | None = None,
+        trackers: Sequence[Tracker] | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._console = console
         self._steps = steps
-        self._tensorboard: SummaryWriter | None = None
-        self._tensorboard_failed = False
-        self._purge_step: int | None = None
+        self._file = LineFile(run_dir / METRICS_FILE)
+        self._trackers = [Guarded(each) for each in trackers or [TensorBoard(run_dir / "tensorboard")]]
+        self._first_step: int | None = None
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the metrics of one step; raises `OSError` when `metrics.jsonl` cannot be written."""
+        """Records the metrics of one step. No sink that fails stops the run."""
         assert "step" not in metrics, "the step is an argument, not a metric"
         record = _finite_record(step, metrics)
-        line = json.dumps(record, allow_nan=False)
-        with (self._run_dir / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self._write_tensorboard(step, record)
+        self._file.append(json.dumps(record, allow_nan=False))
+        values = {name: value for name, value in record.items() if name != "step" and value is not None}
+        for tracker in self._trackers:
+            tracker.write(step, values, self._first_step)
         if self._console is not None:
             self._console.print(step_line(record, self._steps), soft_wrap=True)
 
-    def truncate(self, step: int) -> None:
+    def unwritten(self) -> list[Record]:
+        """Steps that `metrics.jsonl` still lacks; a checkpoint keeps them for `truncate`."""
+        return [json.loads(line) for line in self._file.waiting]
+
+    def truncate(self, step: int, unwritten: Sequence[Record] = ()) -> None:
         """Forgets every step after `step`, and a last line torn by a crash; called on resume, before the first `log`.
 
-        Raises `ValueError` as `read_metrics` does.
+        unwritten: what `unwritten` gave when the checkpoint of `step` was made. Raises `ValueError` as `read_metrics`
+        does, `OSError` when the file cannot be rewritten.
         """
-        assert self._tensorboard is None, "truncate comes before the first log"
-        self._purge_step = step + 1
+        assert self._first_step is None, "truncate comes once, before the first log"
+        self._first_step = step + 1
         path = self._run_dir / METRICS_FILE
-        if not path.exists():
+        if not path.exists() and not unwritten:
             return
-        kept = [record for record in read_metrics(self._run_dir) if (record["step"] or 0) <= step]
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        kept = {record["step"]: record for record in [*read_metrics(self._run_dir), *unwritten]}
+        lines = [json.dumps(record) + "\n" for at, record in kept.items() if (at or 0) <= step]
+        replace_text(path, "".join(lines))
 
     def close(self) -> None:
-        """Flushes and closes TensorBoard; the record needs no closing."""
-        if self._tensorboard is None:
-            return
-        try:
-            self._tensorboard.close()
-        except OSError as error:
-            self._give_up_tensorboard(error)
-        self._tensorboard = None
-
-    def _write_tensorboard(self, step: int, record: Record) -> None:
-        if self._tensorboard_failed:
-            return
-        try:
-            if self._tensorboard is None:
-                self._tensorboard = _open_tensorboard(self._run_dir / "tensorboard", self._purge_step)
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
-        except OSError as error:
-            self._give_up_tensorboard(error)
-
-    def _give_up_tensorboard(self, error: OSError) -> None:
-        logger.warning("TensorBoard cannot be written (%s); the run goes on, with %s only", error, METRICS_FILE)
-        self._tensorboard = None
-        self._tensorboard_failed = True
+        """Tries once more to write what waits, and closes the trackers."""
+        self._file.append()
+        if self._file.waiting:
+            logger.warning(
+                "%s lacks %d steps; the last checkpoint holds them, and --resume writes them once the disk takes them",
+                self._run_dir / METRICS_FILE,
+                len(self._file.waiting),
+            )
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
@@ -145,18 +177,25 @@ def evaluation_metric(record: Record) -> str | None:
 
 
 def step_line(record: Record, steps: int | None = None) -> Text:
-    """The console's line: `step 12/40  reward 0.612  eval -  tokens/s 21,300  mismatch 0/23,511  2.9 s`."""
+    """The console's line: `step 12/40  reward 0.612  eval -  tokens/s 21,300  mismatch 0/23,511  2.9 s`.
+
+    Where log-probs differ, `mismatch 3/23,511 k3 1.2e-04 max 0.031` says by how much; red while an alarm sounds.
+    """
     step = f"{record['step']:.0f}" + (f"/{steps}" if steps is not None else "")
-    unequal = record.get("mismatch/tokens_unequal")
-    mismatch = f"{_shown(unequal, ',.0f')}/{_shown(record.get('mismatch/tokens_compared'), ',.0f')}"
     evaluation = evaluation_metric(record)
     line = Text(f"step {step}")
     line.append(f"  reward {_shown(record.get('reward/mean'), '.3f')}", style="bold")
     line.append(f"  eval {_shown(record.get(evaluation) if evaluation else None, '.3f')}")
     line.append(f"  tokens/s {_shown(record.get('rollout/tokens_per_second'), ',.0f')}")
-    line.append(f"  mismatch {mismatch}", style="bold red" if unequal else "")
+    line.append(f"  mismatch {_mismatch(record)}", style="bold red" if record.get("monitor/alarms") else "")
     line.append(f"  {_shown(record.get('time/step'), '.1f')} s")
     return line
+
+
+def _mismatch(record: Record) -> str:
+    unequal, k3, largest = (record.get(f"mismatch/{name}") for name in ("tokens_unequal", "k3", "log_prob_diff_max"))
+    counts = f"{_shown(unequal, ',.0f')}/{_shown(record.get('mismatch/tokens_compared'), ',.0f')}"
+    return f"{counts} k3 {_shown(k3, '.1e')} max {_shown(largest, '.2g')}" if largest else counts
 
 
 def _shown(value: float | None, spec: str) -> str:
@@ -178,10 +217,3 @@ def _parse_object(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return parsed if isinstance(parsed, dict) else None
-
-
-def _open_tensorboard(log_dir: Path, purge_step: int | None) -> "SummaryWriter":
-    # Imported here because it imports torch, which commands that only read a run folder should not wait for.
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(log_dir), purge_step=purge_step)

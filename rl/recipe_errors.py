@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -52,18 +52,23 @@ def _dotted(loc: Sequence[int | str]) -> str:
 
 def _section_at(root: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel] | None:
     section: type[BaseModel] | None = root
+    named = False
     for part in loc:
-        if isinstance(part, int):  # a place in a list of sections
+        if isinstance(part, int) or named:  # a place in a list of sections, or a name in a mapping of them
+            named = False
             continue
         field = section.model_fields.get(str(part)) if section else None
         section = _section_type(field.annotation) if field else None
+        named = field is not None and get_origin(field.annotation) is dict
     return section
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation names: itself, or the one inside `Section | None`."""
-    candidates = get_args(annotation) or (annotation,)
-    return next((each for each in candidates if isinstance(each, type) and issubclass(each, BaseModel)), None)
+    """The section that an annotation names: itself, or the one inside `Section | None` or `dict[str, Section]`."""
+    parts = get_args(annotation)
+    if not parts:
+        return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return next((section for section in map(_section_type, parts) if section), None)
 
 
 def _all_keys(root: type[BaseModel], prefix: str) -> Iterator[str]:

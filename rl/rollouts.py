@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from policy.routing import UNKNOWN
 from reward.composite import Reward
 from reward.result import Reason
+from rl.metrics.agreement import expert_agreement
 from rl.monitor import replace_text
 from rl.prompts import Prompt
 from rollout.request import Completion
@@ -34,6 +36,7 @@ class Scored:
             prompt_length=len(self.prompt.token_ids),
             rollout_log_probs=self.completion.log_probs,
             advantage=self.advantage,
+            routed_experts=self.completion.routed_experts,
         )
 
 
@@ -50,6 +53,31 @@ def rollout_metrics(scored: Sequence[Scored], group_size: int) -> dict[str, floa
         "policy/groups_without_signal": (advantages == 0).all(axis=1).sum(),
     }
     return {name: float(value) for name, value in values.items()}
+
+
+def routing_metrics(
+    scored: Sequence[Scored], routed_experts: Sequence[np.ndarray | None], expected: bool
+) -> dict[str, float]:
+    """How often the trainer's router chose the experts that the engine recorded.
+
+    routed_experts: the trainer's, as in `StepResult`; tokens without a record do not count. expected: by the recipe.
+    Raises ValueError where it expects records and the engine keeps none.
+    """
+    pairs = [
+        (train, each.completion.routed_experts)
+        for each, train in zip(scored, routed_experts, strict=True)
+        if train is not None and each.completion.routed_experts is not None
+    ]
+    if expected and len(pairs) < len(scored):
+        raise ValueError(
+            f"rollout.routing_replay = true: {len(scored) - len(pairs)} of {len(scored)} completions came without the "
+            "experts of their tokens, as this engine keeps no record of them; set rollout.routing_replay=false"
+        )
+    known = [(rollout != UNKNOWN).all(axis=(1, 2)) for _, rollout in pairs]
+    return expert_agreement(
+        [train[kept] for (train, _), kept in zip(pairs, known, strict=True)],
+        [rollout[kept] for (_, rollout), kept in zip(pairs, known, strict=True)],
+    )
 
 
 def _reward_metrics(rewards: Sequence[Reward]) -> dict[str, float]:
@@ -80,36 +108,45 @@ def write_rollouts(
     step: int,
     scored: Sequence[Scored],
     log_probs: Sequence[np.ndarray],
+    entropies: Sequence[np.ndarray],
     tokenizer: PreTrainedTokenizerBase,
     group_size: int,
     groups: int,
 ) -> None:
     """The first `groups` groups of a step as JSON lines, atomically.
 
-    log_probs: the trainer's, float32 [completion length] each, in the order of `scored`.
+    A completion has `policy_versions`, one for each token, where they differ; `policy_version` is the last one.
+    log_probs, entropies: the trainer's, float32 [completion length] each, in the order of `scored`.
     """
     lines = []
     for first in range(0, min(groups * group_size, len(scored)), group_size):
         members = range(first, first + group_size)
         prompt = scored[first].prompt
         record = {"step": step, "prompt_id": prompt.row.id, "prompt": prompt.text, "gold": prompt.row.answer}
-        completions = [_completion_record(scored[index], log_probs[index], tokenizer) for index in members]
+        completions = [
+            _completion_record(scored[index], log_probs[index], entropies[index], tokenizer) for index in members
+        ]
         lines.append(json.dumps({**record, "completions": completions}))
     path.parent.mkdir(exist_ok=True)
     replace_text(path, "".join(line + "\n" for line in lines))
 
 
-def _completion_record(each: Scored, log_probs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _completion_record(
+    each: Scored, log_probs: np.ndarray, entropies: np.ndarray, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    versions = each.completion.policy_versions
     return {
         "text": each.text,
         "tokens": [tokenizer.decode([token]) for token in each.completion.token_ids.tolist()],
         "rollout_log_probs": each.completion.log_probs.tolist(),
         "log_probs": log_probs.tolist(),
+        "entropies": [round(value, 4) for value in entropies.tolist()],
         "reward": each.reward.total,
         "components": dict(each.reward.components),
         "reason": str(each.reward.reason),
         "extracted": each.reward.verdict.extracted,
         "finish_reason": each.completion.finish_reason,
-        "policy_version": int(each.completion.policy_versions[-1]),
+        "policy_version": int(versions[-1]),
+        **({"policy_versions": versions.tolist()} if (versions != versions[-1]).any() else {}),
         "advantage": each.advantage,
     }

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +21,27 @@ from policy.lora import chosen_modules
 from policy.machine import choose_device, choose_dtype
 from policy.transformer import Policy
 from reward.function_file import pin_function
+from rl.alarms import ON_ALARM, Alarms, alarm_rules
 from rl.base_policy import base_policy, base_tokenizer, cache_folder, planned_config
 from rl.config import Recipe, load_recipe, recipe_digest, resolved_yaml
 from rl.data import load_problems
+from rl.events import EventLog
 from rl.export import finish_export
-from rl.loop import Run, StageClock, evaluate_at, evaluation_metrics, train
-from rl.monitor import Monitor, read_metrics, replace_text
+from rl.loop import evaluate_at, evaluation_metrics, train
+from rl.monitor import Monitor, Record, read_metrics, replace_text
+from rl.monitor_config import correcting
 from rl.problem_rules import select_problems
 from rl.prompt_order import PromptOrder
 from rl.prompts import Prompt, encode_prompts
+from rl.regime import regime, unaligned_causes
 from rl.report import summary_table, write_report
 from rl.reward_alarm import FailureAlarm
 from rl.reward_trial import check_function
 from rl.run_folder import RunFolder
+from rl.run_state import Run, StageClock
 from rl.system import System
 from rl.threads import MAX_TRAINER_THREADS
+from rl.trackers import check_trackers, trackers
 from trainer.state import latest_checkpoint
 
 # Keys that may differ when a run is resumed: they cannot change a bit of the result.
@@ -51,6 +58,8 @@ FREE_KEYS = (
     "loop.checkpoint_every",
     "loop.keep_checkpoints",
     "loop.rollouts_saved",
+    "loop.on_mismatch",
+    "monitor",
 )
 
 
@@ -60,10 +69,12 @@ def resolve(recipe: Recipe) -> tuple[Recipe, str]:
     dtype, reason = choose_dtype(recipe.policy.dtype, device)
     cores = len(os.sched_getaffinity(0))
     trainer_threads = recipe.trainer.threads or min(cores, MAX_TRAINER_THREADS)
+    agrees = not unaligned_causes(recipe) and not recipe.loop.max_staleness
+    correction = recipe.trainer.correction.resolved(agrees)
     name = next(name for name, value in DTYPES.items() if value == dtype)
     changes = {
         "policy": recipe.policy.model_copy(update={"device": device.type, "dtype": name}),
-        "trainer": recipe.trainer.model_copy(update={"threads": trainer_threads}),
+        "trainer": recipe.trainer.model_copy(update={"threads": trainer_threads, "correction": correction}),
         "reward": pin_function(recipe.reward),
         "rollout": recipe.rollout.model_copy(
             update={"threads": recipe.rollout.threads or max(1, cores // recipe.rollout.workers)}
@@ -109,8 +120,9 @@ class Materials:
 
 
 def prepare(recipe: Recipe) -> Materials:
-    """Raises ValueError for problems that cannot be read, a prompt that is too long, a reward function that fails, and
-    adapters that the policy has no place for."""
+    """Raises ValueError for problems that cannot be read, a prompt that is too long, a reward function that fails,
+    adapters that the policy has no place for, and a tracker that is not installed."""
+    check_trackers(recipe.monitor)
     rows = load_problems(recipe.data, "train", recipe.seed)
     eval_rows = load_problems(recipe.data, "eval", recipe.seed)
     tokenizer = base_tokenizer(recipe)
@@ -156,10 +168,17 @@ def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Conso
     clock = StageClock()
     start = time.perf_counter()
     tokenizer = materials.tokenizer
-    with System(recipe, console) as system:
+    events = EventLog(folder.path)
+
+    def say_restart(text: str) -> None:
+        say(console, f"warning: {text}")
+        events.append("restart", text)
+
+    with System(recipe, console, say_restart) as system:
         with clock("warm_start"):
             base = base_policy(recipe, tokenizer, system, console)
-        monitor = Monitor(folder.path, console, recipe.loop.steps)
+        shown = trackers(recipe.monitor, folder.path, recipe.model_dump(mode="json"))
+        monitor = Monitor(folder.path, console, recipe.loop.steps, shown)
         run = Run(
             recipe,
             folder,
@@ -170,11 +189,13 @@ def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Conso
             monitor=monitor,
             console=console,
             alarm=FailureAlarm(recipe.reward),
+            alarms=Alarms(alarm_rules(recipe)),
+            events=events,
             order=materials.order,
         )
         config = system.start_training(base)
-        system.start_engines(config, DTYPES[recipe.policy.dtype])
         save_config(folder.base, config, recipe.policy.dtype, base)
+        system.start_engines(config, folder.base, DTYPES[recipe.policy.dtype])
         first_step = _restore(run)
         system.sync_weights()
         with clock("evaluation"):
@@ -192,12 +213,16 @@ def _run(recipe: Recipe, folder: RunFolder, materials: Materials, console: Conso
         "status": "completed",
         "steps": recipe.loop.steps,
         "evaluation": {"before": _brief(before), "after": _brief(after)},
-        "mismatch": _mismatch_totals(folder.path),
+        "mismatch": _mismatch_totals([*read_metrics(folder.path), *monitor.unwritten()]),
         "weights_digest": digest,
         "durations": clock.seconds,
         "parameters": parameter_count(config),
         "regime": regime(recipe),
     }
+
+
+def say(console: Console, warning: str) -> None:
+    console.print(warning, style="yellow", markup=False, soft_wrap=True)
 
 
 def _restore(run: Run) -> int:
@@ -208,8 +233,14 @@ def _restore(run: Run) -> int:
         return 0
     extra = run.system.load_checkpoint(path)
     step, run.cursor = int(extra["step"]), int(extra["data_cursor"])
-    run.monitor.truncate(step)
-    run.alarm.restore(read_metrics(run.folder.path))
+    run.monitor.truncate(step, extra.get("unwritten_metrics", []))
+    records = read_metrics(run.folder.path)
+    run.alarm.restore(records)
+    run.alarms.restore(records)
+    if run.alarms.corrects:
+        run.system.set_correction(ON_ALARM)
+    run.events.step = step
+    run.events.append("resume", f"resumed after step {step} from {path.name}")
     run.console.print(f"resumed after step {step} from {path}", markup=False, soft_wrap=True)
     return step
 
@@ -242,6 +273,9 @@ def _refuse_changes(run_dir: Path, started: Recipe, recipe: Recipe) -> None:
         for key in {**before, **now}
         if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS)
     ]
+    corrects = [sorted(correcting(each.monitor).items()) for each in (started, recipe)]
+    if corrects[0] != corrects[1]:
+        changed.append("monitor.alarms: those with action correct, which changes the loss")
     if changed:
         raise ValueError(
             f"{run_dir} was started with another recipe; resume it with the same one. Different: " + "; ".join(changed)
@@ -259,9 +293,8 @@ def _brief(evaluation: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in evaluation.items() if key != "rows"}
 
 
-def _mismatch_totals(run_dir: Path) -> dict[str, int]:
+def _mismatch_totals(records: Sequence[Record]) -> dict[str, int]:
     names = ("tokens_compared", "tokens_unequal", "full_vocab_rows", "full_vocab_unequal")
-    records = read_metrics(run_dir)
     return {name: int(sum(record.get(f"mismatch/{name}") or 0 for record in records)) for name in names}
 
 
@@ -271,15 +304,9 @@ def _record_failure(folder: RunFolder, summary: dict[str, Any], error: BaseExcep
         folder.write_json(folder.summary, summary | {"status": status, "error": f"{type(error).__name__}: {error}"})
 
 
-def regime(recipe: Recipe) -> str:
-    """Whether trainer and sampler are promised to agree, and what gave it up if not."""
-    fast = recipe.ops.fast
-    return f"not aligned: fast {', '.join(fast)}" if fast else "aligned"
-
-
 def parameter_count(config: PolicyConfig) -> int:
     with torch.device("meta"):
-        return Policy(config, torch.float32).num_parameters()
+        return Policy(config, torch.bfloat16).num_parameters()
 
 
 def versions() -> dict[str, str]:

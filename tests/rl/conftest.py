@@ -1,11 +1,11 @@
 """The running system without Ray, and a finished run that many tests look at, made once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from rl.config import Recipe
 from rl.train import run_training
 from tests.rl.tiny import LocalSystem, tiny_recipe
 
@@ -21,8 +21,8 @@ def local(monkeypatch: pytest.MonkeyPatch, base_cache: Path) -> list[LocalSystem
     """Lets `lockstep train` run in this process; returns the list that the systems it opens are appended to."""
     opened: list[LocalSystem] = []
 
-    def open_system(recipe: Recipe, console: Console) -> LocalSystem:
-        opened.append(LocalSystem(recipe, console))
+    def open_system(*arguments: Any) -> LocalSystem:
+        opened.append(LocalSystem(*arguments))
         return opened[-1]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(base_cache))

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from policy.checkpoint import load_policy
 from policy.tokenizer import load_tokenizer, train_tokenizer
-from rl.actors import policy_digest
 from rl.base_policy import _publish, base_policy, base_tokenizer, cache_folder
 from rl.config import Recipe
 from rl.system import System
+from rl.weight_sync import policy_digest
 from tests.rl.tiny import LocalSystem, tiny_recipe
 
 QUIET = Console(quiet=True)

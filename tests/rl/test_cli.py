@@ -12,6 +12,7 @@ import pytest
 from policy.tokenizer import load_tokenizer
 from rl.config import load_recipe
 from rl.monitor import read_metrics
+from rl.train import resolve
 from tests.rl.command import lockstep, refusal
 from tests.rl.tiny import GROUP, LocalSystem, full_disk_at, write_recipe
 
@@ -61,7 +62,8 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path: Path, monkeypatch
     assert result.exit_code == 0, result.output
     resolved, plan = result.stdout.split("\n---\n")
     (tmp_path / "again.yaml").write_text(resolved)
-    assert load_recipe(tmp_path / "again.yaml") == load_recipe(recipe, ["loop.steps=9"])
+    again = load_recipe(tmp_path / "again.yaml")
+    assert again == resolve(load_recipe(recipe, ["loop.steps=9"]))[0] == resolve(again)[0]
     for line in (
         "base policy: to be made by the warm start",
         "data: 40 training and 8 held-out problems",
@@ -140,12 +142,12 @@ def test_a_full_disk_ends_in_one_message_and_leaves_what_was_written(
     local: list[LocalSystem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr("rl.loop.write_rollouts", full_disk_at("rl.loop.write_rollouts", call=3))
+    monkeypatch.setattr("trainer.state._write_file", full_disk_at("trainer.state._write_file", call=5))
     message = refusal("train", write_recipe(tmp_path), "--run-dir", run)
     assert message == (
         "No space left on device; free some space and go on with --resume. What was already written is intact"
     )
-    assert [record["step"] for record in read_metrics(run)] == [1, 2]
+    assert [record["step"] for record in read_metrics(run)] == [1, 2, 3]
     assert json.loads((run / "summary.json").read_text())["status"] == "failed"
     exported = lockstep("export", run, "--out", tmp_path / "exported")
     assert exported.exit_code == 0 and "policy after 2 steps in " in exported.stdout
@@ -155,7 +157,7 @@ def test_ctrl_c_says_how_to_go_on(local: list[LocalSystem], tmp_path: Path, monk
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rl.loop.write_rollouts", interrupt)
+    monkeypatch.setattr("rl.loop.save_rollouts", interrupt)
     result = lockstep("train", write_recipe(tmp_path), "--run-dir", tmp_path / "run")
     assert (result.exit_code, result.stderr) == (130, "interrupted; go on with --resume\n")
 

@@ -85,8 +85,9 @@ def test_overrides_leave_the_given_mapping_alone() -> None:
         ("loop.group_size=1", "loop.group_size: should be greater than or equal to 2, got 1"),
         ("loop.on_mismatch=go", "loop.on_mismatch: should be 'stop' or 'warn', got 'go'"),
         (
-            "loop.max_staleness=1",
-            "loop.max_staleness: must be 0, got 1: sampling from a stale policy is not supported yet",
+            "rollout.engine=vllm",
+            "rollout.engine: vllm gives the trainer other log-probabilities than the sampler's, at which "
+            "loop.on_mismatch = stop ends the run; set loop.on_mismatch=warn",
         ),
         ("policy.chunk_size=48", "policy.chunk_size: must be a power of two, such as 32, got 48"),
         ("policy.chunk_size=8", "policy.chunk_size: should be greater than or equal to 16, got 8"),

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from policy.checkpoint import load_policy
 from policy.digest import tensor_digest, weights_digest
 from policy.tokenizer import load_tokenizer
-from rl.actors import policy_digest
 from rl.config import load_recipe
 from rl.monitor import read_json_lines, read_metrics
 from rl.train import resolve
+from rl.weight_sync import policy_digest
 from tests.rl.tiny import GROUP, PROMPTS, STEPS, tiny_recipe, write_recipe
 from trainer.state import latest_checkpoint, load_checkpoint
 from trainer.trainer import Trainer
@@ -251,17 +251,39 @@ def test_interrupted_it_says_how_to_go_on_and_does(command: Command, digest: str
 
 
 @pytest.mark.slow
-def test_a_dead_engine_ends_the_run_with_a_message_and_it_resumes(command: Command, digest: str) -> None:
+def test_a_dead_engine_is_replaced_and_the_bits_stay(command: Command, digest: str) -> None:
+    process = command.start("rollout.workers=2")
+    wait_until(command.checkpoint(1).exists)
+    victim = next(pid for pid, line in command.processes().items() if "EngineActor" in line)
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(PATIENCE_SECONDS) == 0
+    output = command.output.read_text()
+    assert "died and was replaced; its requests are asked again" in output and "Traceback" not in output
+    assert json.loads((command.run / "summary.json").read_text())["weights_digest"] == digest
+
+
+@pytest.mark.slow
+def test_a_dead_trainer_ends_the_run_with_a_message_and_it_resumes(command: Command, digest: str) -> None:
     process = command.start()
     wait_until(command.checkpoint(1).exists)
     for pid, line in command.processes().items():
-        if "EngineActor" in line:
+        if "TrainerActor" in line:
             os.kill(pid, signal.SIGKILL)
     assert process.wait(PATIENCE_SECONDS) == 1
     output = command.output.read_text()
     assert "error: a worker died while the run waited for " in output and "Continue with --resume" in output
     assert "Traceback" not in output
     assert command.complete("--resume")["weights_digest"] == digest
+
+
+@pytest.mark.slow
+def test_asynchronous_tokens_are_those_of_their_own_version(command: Command) -> None:
+    summary = command.complete("loop.max_staleness=1")
+    assert summary["regime"] == "aligned; asynchronous, at most 1 versions stale"
+    assert summary["mismatch"]["tokens_compared"] > 100 and summary["mismatch"]["tokens_unequal"] == 0
+    groups = [read_json_lines(path) for path in sorted((command.run / "rollouts").iterdir())]
+    stale = [g["step"] - 1 - c["policy_version"] for step in groups for g in step for c in g["completions"]]
+    assert set(stale) <= {0, 1} and 1 in stale
 
 
 @pytest.mark.slow

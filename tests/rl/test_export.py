@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from policy.checkpoint import load_policy
 from policy.digest import tensor_digest, weights_digest
 from policy.tokenizer import load_tokenizer
-from rl.actors import policy_digest
 from rl.base_policy import base_folder
 from rl.config import load_recipe, recipe_digest
 from rl.export import export_run, finish_export, parse_bytes, policy_folder, read_manifest
 from rl.export_check import verify_export
 from rl.run_folder import RunFolder
+from rl.weight_sync import policy_digest
 from tests.rl.command import lockstep
 from tests.rl.tiny import STEPS, full_disk_at
 

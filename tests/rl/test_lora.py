@@ -56,7 +56,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     local: list[LocalSystem], lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("rl.loop.write_rollouts", full_disk_at("rl.loop.write_rollouts", call=3))
+        patch.setattr("trainer.state._write_file", full_disk_at("trainer.state._write_file", call=5))
         run(tmp_path / "run")
     resumed = run(tmp_path / "run", resume=True)
     assert resumed["weights_digest"] == json.loads((lora_run / "summary.json").read_text())["weights_digest"]

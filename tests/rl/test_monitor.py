@@ -5,6 +5,9 @@ import io
 import json
 import logging
 import math
+import resource
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,20 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from rl.monitor import Monitor, read_json_lines, read_metrics, replace_text, step_line
+from rl.monitor import LineFile, Monitor, read_json_lines, read_metrics, replace_text, step_line
+
+
+class Silent:
+    """A tracker that shows nothing."""
+
+    label = "nothing"
+    failures: tuple[type[Exception], ...] = ()
+
+    def open(self, first_step: int | None) -> None: ...
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def test_a_step_is_one_line_of_json(tmp_path: Path) -> None:
@@ -106,10 +122,60 @@ def test_tensorboard_failing_in_the_middle_of_a_run_does_not_stop_it(
     assert caplog.text.count("No space left on device") == 1
 
 
-def test_a_failure_to_write_the_record_stops_the_run(tmp_path: Path) -> None:
+def test_steps_that_the_disk_refuses_are_written_when_it_takes_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    in_the_way = tmp_path / "metrics.jsonl"
+    in_the_way.mkdir()
+    monitor = Monitor(tmp_path, trackers=[Silent()])
+    monitor.log(1, {"reward/mean": 0.5})
+    monitor.log(2, {"reward/mean": 0.25})
+    assert monitor.unwritten() == [{"step": 1, "reward/mean": 0.5}, {"step": 2, "reward/mean": 0.25}]
+    in_the_way.rmdir()
+    monitor.log(3, {"reward/mean": 1.0})
+    assert [record["reward/mean"] for record in read_metrics(tmp_path)] == [0.5, 0.25, 1.0]
+    assert monitor.unwritten() == []
+    refused, back = (record.getMessage() for record in caplog.records)
+    assert "cannot be written" in refused and "holds all 3 lines that waited" in back
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The system writes files up to so many bytes and refuses the rest, as a disk does that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 20, 21, 22, 30, 42])
+def test_a_disk_that_fills_up_within_a_line_tears_and_doubles_nothing(tmp_path: Path, room: int) -> None:
+    path = tmp_path / "lines.jsonl"
+    file, lines = LineFile(path), [json.dumps({"step": step, "value": 0.5}) for step in range(4)]
+    file.append(lines[0])
+    with largest_file(path.stat().st_size + room):
+        file.append(lines[1])
+        file.append(lines[2])
+    assert file.waiting
+    assert path.stat().st_size <= len(lines[0]) + 1 + room
+    file.append(lines[3])
+    assert path.read_text().splitlines() == lines
+
+
+def test_steps_that_were_never_written_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a/b": 1.5}\n{"step": 2, "a/b": 2.5}\n{"step": 3, "a')
+    Monitor(tmp_path).truncate(4, [{"step": step, "a/b": step + 0.5} for step in (2, 3, 4)])
+    assert read_metrics(tmp_path) == [{"step": step, "a/b": step + 0.5} for step in (1, 2, 3, 4)]
+
+
+def test_what_still_waits_at_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(IsADirectoryError):
-        Monitor(tmp_path).log(1, {"reward/mean": 0.5})
+    monitor = Monitor(tmp_path, trackers=[Silent()])
+    monitor.log(1, {"reward/mean": 0.5})
+    monitor.close()
+    assert "metrics.jsonl lacks 1 steps; the last checkpoint holds them" in caplog.messages[-1]
 
 
 def test_truncate_drops_later_steps_and_a_torn_last_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,9 +241,14 @@ def test_metrics_that_are_missing_show_as_a_dash() -> None:
     )
 
 
-def test_a_mismatch_stands_out_on_the_console() -> None:
-    def style(unequal: float) -> str:
-        line = step_line({"step": 7, "mismatch/tokens_unequal": unequal, "mismatch/tokens_compared": 5})
+def test_where_log_probs_differ_the_console_says_by_how_much() -> None:
+    mismatch = {"mismatch/tokens_unequal": 3, "mismatch/k3": 1.234e-4, "mismatch/log_prob_diff_max": 0.03125}
+    assert "  mismatch 3/- k3 1.2e-04 max 0.031  " in step_line({"step": 7, **mismatch}).plain
+
+
+def test_a_mismatch_that_sounds_an_alarm_stands_out_on_the_console() -> None:
+    def style(sounding: float) -> str:
+        line = step_line({"step": 7, "mismatch/tokens_unequal": 2, "monitor/alarms": sounding})
         return next(str(span.style) for span in line.spans if "mismatch" in line.plain[span.start : span.end])
 
     assert style(2) == "bold red"

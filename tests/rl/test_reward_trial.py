@@ -153,7 +153,8 @@ def test_the_command_tries_the_examples(tmp_path: Path) -> None:
     assert "'3 + 4 = 7, so \\\\boxed{7}'" in result.stdout
 
 
-def test_the_command_says_what_is_wrong_and_fails(tmp_path: Path) -> None:
+def test_the_command_says_what_is_wrong_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rl.cli_support.console._width", 300)  # so that no path is broken
     (tmp_path / "data.jsonl").write_text('{"completion": "[bold]", "answer": "7"}\n{"completion": "9"}\n')
     result = lockstep(
         "reward", "test", written("def score(answer, **kw):\n    return int(answer)\n"), "--data", "data.jsonl"

@@ -79,7 +79,8 @@ def test_a_record_without_a_reward_says_why(tmp_path: Path) -> None:
 
 def _written(path: Path, scored: list[Scored], groups: int) -> list[dict[str, object]]:
     log_probs = [each.completion.log_probs - np.float32(0.25) for each in scored]
-    write_rollouts(path, 12, scored, log_probs, train_tokenizer(["so 7"], 300), group_size=2, groups=groups)
+    entropies = [np.full(len(each), 1 / 3, dtype=np.float32) for each in log_probs]
+    write_rollouts(path, 12, scored, log_probs, entropies, train_tokenizer(["so 7"], 300), group_size=2, groups=groups)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -93,6 +94,7 @@ def test_records_hold_a_group_a_line(tmp_path: Path) -> None:
         "text": "so \\boxed{7}",
         "rollout_log_probs": [-0.5, -1.0, -1.5],
         "log_probs": [-0.75, -1.25, -1.75],
+        "entropies": [0.3333] * 3,
         "reward": 1.0,
         "components": {"correctness": 1.0},
         "reason": "correct",
@@ -101,6 +103,14 @@ def test_records_hold_a_group_a_line(tmp_path: Path) -> None:
         "policy_version": 3,
         "advantage": 1.0,
     }
+
+
+def test_a_completion_under_several_versions_says_which_drew_each_token(tmp_path: Path) -> None:
+    mixed = replace(SCORED[0], completion=replace(SCORED[0].completion, policy_versions=np.array([2, 2, 3])))
+    record = _written(tmp_path / "step.jsonl", [mixed, SCORED[1]], groups=1)[0]
+    first, second = record["completions"]  # type: ignore[misc, index, attr-defined]
+    assert (first["policy_version"], first["policy_versions"]) == (3, [2, 2, 3])
+    assert "policy_versions" not in second
 
 
 @pytest.mark.parametrize("groups", [0, 1, 2])

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 import ops
-from policy.config import PolicyConfig
 from policy.transformer import Policy
 from reward.composite import Reward
 from reward.result import Reason, RewardResult
-from rl.actors import EngineActor, RewardActor, TrainerActor
+from rl.actors import RewardActor, TrainerActor
 from rl.config import Recipe, load_recipe
 from rl.data_columns import Row
 from rl.prompts import Prompt
@@ -95,7 +94,7 @@ class LocalSystem(System):
     """Every actor in this process."""
 
     def __enter__(self) -> Self:
-        self.trainer = LocalActor(TrainerActor(1, "cpu", self.recipe.ops.fast))
+        self.trainer = self._start_on_device(TrainerActor, 1, 1)
         self.reward = LocalActor(RewardActor(self.recipe.reward))
         return self
 
@@ -106,12 +105,10 @@ class LocalSystem(System):
         torch.use_deterministic_algorithms(False)
         ops.use_fast([])
 
-    def start_engines(self, config: PolicyConfig, dtype: torch.dtype) -> None:
-        rollout = self.recipe.rollout
-        settings = (config, dtype, rollout, 1, "cpu", self.recipe.ops.fast)
-        self.engines = [LocalActor(EngineActor(*settings)) for _ in range(rollout.workers)]
+    def _start_on_device(self, kind: type, threads: int, *arguments: Any) -> LocalActor:
+        return LocalActor(kind(*arguments, "cpu", self.recipe.ops.fast))
 
-    def call(self, what: str, *references: Any) -> list[Any]:
+    def outcomes(self, what: str, *references: Any) -> list[Any]:
         return list(references)
 
     @property
