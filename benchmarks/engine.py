@@ -1,27 +1,40 @@
-"""Generated tokens per second: the local engine against `transformers` generate, on the same CPU threads.
+"""Generated tokens per second: the local engine against vLLM and transformers `generate`, on the same CPU threads.
 
-    python -m benchmarks.engine [--out FOLDER] [--quick]
+    LOCKSTEP_VLLM_PYTHON=build/vllm/bin/python python -m benchmarks.engine [--out FOLDER] [--quick]
 
-transformers has no Ring-linear model, so the two policies are not the same network. Ours is Ring-shaped: three layers
-of lightning attention and one of softmax attention, experts in all layers but the first. Theirs is a Qwen3 of equal
-width, layers, heads, head dimension and feed-forward width: softmax attention everywhere and a dense feed-forward,
-which is as wide as all the experts that one of our tokens meets. Weights are random on both sides.
+Two Qwen3 policies, of 10 and 108 million parameters: same weights, same prompts, BF16 on every side. vLLM runs in the
+environment that LOCKSTEP_VLLM_PYTHON names (`.ci/vllm` makes one), without it that side is left out. A third row has a
+Ring-shaped policy, for which transformers has no class: lightning attention in 3 of 4 layers, experts in 3 of 4. Beside
+it runs a dense Qwen3 of equal width, layers and heads, as wide as the experts that one of our tokens meets.
 
-Both sample at temperature 1 from the whole vocabulary, with a cache, and never stop early: 64 prompts of 32 tokens, 128
-new tokens each. The engine also records every token's log-probability, as it always does. The runs alternate; the
-ratio is that of the medians. The result is written to engine.json.
+All sample at temperature 1 from the whole vocabulary, with a cache, and never stop early: 64 prompts of 32 tokens, 128
+new tokens each. The engine also records every token's log-probability, as it always does; the others do not. The sides
+take turns, and a ratio is the median over rounds. Then the engine's step is taken apart and set against what the
+machine can do (`benchmarks.decode_step`). The result is written to engine.json.
 """
 
+import argparse
+import contextlib
+import copy
 import dataclasses
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, Qwen3ForCausalLM
 
-from benchmarks.common import alternate, arguments, rates, ring_10m_config, write_result
-from policy.checkpoint import DTYPES
+from benchmarks import decode_step
+from benchmarks.common import arguments, rates, ring_10m_config, write_result
+from policy.checkpoint import dtype_name, save_policy
 from policy.config import PolicyConfig
 from policy.transformer import Policy
 from rollout.config import RolloutConfig
@@ -29,11 +42,7 @@ from rollout.engine import Engine
 from rollout.request import Request, SamplingParams
 
 NEVER = -1  # end-of-text id that no token has
-COMPARISON = (
-    "Different networks of equal width, layers, heads and active feed-forward width. lockstep: a Ring-shaped policy, "
-    "3 of 4 layers with lightning attention, 3 of 4 with experts. transformers: a dense Qwen3, softmax attention in "
-    "every layer, because it has no Ring-linear. Random weights, no early stop."
-)
+VLLM_SIDE = Path(__file__).with_name("engine_vllm.py")
 
 
 @dataclass(frozen=True)
@@ -55,28 +64,68 @@ class Load:
 QUICK = Load(batch=4, prompt=8, new_tokens=8, repeats=2)
 
 
+def qwen3_config(
+    vocab_size: int, hidden_size: int, layers: int, heads: int, kv_heads: int, head_dim: int, width: int
+) -> PolicyConfig:
+    fields = {
+        "model_type": "qwen3",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": width,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+    }
+    return PolicyConfig.from_hf(fields)
+
+
+def dense_twin(config: PolicyConfig) -> PolicyConfig:
+    """A Qwen3 of the width, layers, heads and feed-forward width of a Ring-shaped policy."""
+    return qwen3_config(
+        config.vocab_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.intermediate_size,
+    )
+
+
+class Side(Protocol):
+    def generate(self) -> float:
+        """Seconds for the load. AssertionError when fewer tokens came."""
+        ...
+
+
 class LockstepSide:
-    def __init__(self, config: PolicyConfig, dtype: torch.dtype, load: Load) -> None:
-        policy = Policy(dataclasses.replace(config, eos_token_id=NEVER), dtype)
-        policy.initialize(seed=0)
-        self.parameters = policy.num_parameters()
-        self.engine = Engine(policy.to_working_dtype(), RolloutConfig(max_batch=load.batch))
+    def __init__(self, policy: Policy, load: Load) -> None:
+        self.policy, self.load = policy, load
+        self.engine = Engine(policy, RolloutConfig(max_batch=load.batch))
         sampling = SamplingParams(load.new_tokens)
-        prompts = load.prompts(config.vocab_size)
+        prompts = load.prompts(policy.config.vocab_size)
         self.requests = [Request(i, ids, 1, sampling, seed=0, prompt=i) for i, ids in enumerate(prompts)]
 
-    def generate(self) -> int:
-        """New tokens made."""
-        return sum(len(completion.token_ids) for completion in self.engine.generate(self.requests))
+    def generate(self) -> float:
+        start = time.perf_counter()
+        completions = self.engine.generate(self.requests)
+        seconds = time.perf_counter() - start
+        assert sum(len(completion.token_ids) for completion in completions) == self.load.tokens
+        return seconds
 
 
 class TransformersSide:
-    def __init__(self, config: PolicyConfig, dtype: torch.dtype, load: Load) -> None:
-        torch.manual_seed(0)
-        self.model = Qwen3ForCausalLM(qwen3_config(config)).eval()
-        self.model.to(dtype=dtype)
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.prompts = torch.from_numpy(load.prompts(config.vocab_size))
+    def __init__(self, folder: Path, dtype: torch.dtype, load: Load) -> None:
+        self.model = Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        self.model.generation_config.eos_token_id = None
+        self.prompts = torch.from_numpy(load.prompts(self.model.config.vocab_size))
         self.generation = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -85,63 +134,133 @@ class TransformersSide:
             use_cache=True,
             max_new_tokens=load.new_tokens,
             min_new_tokens=load.new_tokens,
+            eos_token_id=None,
             pad_token_id=0,
         )
+        self.load = load
 
-    def generate(self) -> int:
-        """New tokens made."""
-        out = self.model.generate(
-            self.prompts, attention_mask=torch.ones_like(self.prompts), generation_config=self.generation
+    def generate(self) -> float:
+        start, mask = time.perf_counter(), torch.ones_like(self.prompts)
+        out = self.model.generate(self.prompts, attention_mask=mask, generation_config=self.generation)
+        seconds = time.perf_counter() - start
+        assert out[:, self.prompts.shape[1] :].numel() == self.load.tokens
+        return seconds
+
+
+class VllmSide:
+    """A child process in the environment that has vLLM; idle but for its turns."""
+
+    def __init__(self, python: str, folder: Path, dtype: torch.dtype, load: Load, vocab_size: int) -> None:
+        job = folder / "job.json"
+        prompts, threads = load.prompts(vocab_size).tolist(), torch.get_num_threads()
+        fields = {"prompts": prompts, "new_tokens": load.new_tokens, "dtype": dtype_name(dtype), "threads": threads}
+        job.write_text(json.dumps(fields))
+        self.load, self.log = load, (folder / "vllm.log").open("w+")
+        self.child = subprocess.Popen(
+            [python, str(VLLM_SIDE), str(folder), str(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
         )
-        return out[:, self.prompts.shape[1] :].numel()
+        self._read()
+
+    def generate(self) -> float:
+        assert self.child.stdin
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+        answer = json.loads(self._read())
+        assert answer["tokens"] == self.load.tokens
+        return float(answer["seconds"])
+
+    def _read(self) -> str:
+        assert self.child.stdout
+        line = self.child.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise RuntimeError(f"vLLM ended: {self.log.read()[-2000:]}")
+        return line
+
+    def close(self) -> None:
+        assert self.child.stdin and self.child.stdout
+        self.child.stdin.close()
+        self.child.wait()
+        self.child.stdout.close()
+        self.log.close()
 
 
-def qwen3_config(config: PolicyConfig) -> Qwen3Config:
-    return Qwen3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=False,
-        eos_token_id=None,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
+@contextlib.contextmanager
+def others(policy: Policy, dtype: torch.dtype, load: Load, vllm_python: str | None) -> Iterator[dict[str, Side]]:
+    """The sides that read the policy from a folder."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder, exported = Path(name), copy.copy(policy)
+        exported.config = dataclasses.replace(policy.config, eos_token_id=0)
+        save_policy(folder, exported)
+        sides: dict[str, Side] = {"transformers": TransformersSide(folder, dtype, load)}
+        if vllm_python:
+            sides["vllm"] = vllm = VllmSide(vllm_python, folder, dtype, load, policy.config.vocab_size)
+            stack.callback(vllm.close)
+        yield sides
 
 
-def measure(config: PolicyConfig, dtype: torch.dtype, load: Load) -> dict[str, Any]:
-    ours, theirs = LockstepSide(config, dtype, load), TransformersSide(config, dtype, load)
-    assert ours.generate() == theirs.generate() == load.tokens, "a side stopped early"
-    our_seconds, their_seconds = alternate(ours.generate, theirs.generate, load.repeats)
-    our_rates, their_rates = rates(load.tokens, our_seconds), rates(load.tokens, their_seconds)
+def build(config: PolicyConfig, dtype: torch.dtype) -> Policy:
+    policy = Policy(dataclasses.replace(config, eos_token_id=NEVER), dtype)
+    policy.initialize(seed=0)
+    return policy.to_working_dtype()
+
+
+def measure(
+    config: PolicyConfig, their_config: PolicyConfig, dtype: torch.dtype, load: Load, vllm_python: str | None = None
+) -> dict[str, Any]:
+    """Rates by side, and the ratios of ours to theirs."""
+    ours = build(config, dtype)
+    theirs = ours if config == their_config else build(their_config, dtype)
+    with others(theirs, dtype, load, vllm_python) as sides:
+        sides = {"lockstep": LockstepSide(ours, load), **sides}
+        for side in sides.values():
+            side.generate()  # untimed
+        rounds = [{name: side.generate() for name, side in sides.items()} for _ in range(load.repeats)]
+    seconds = {name: [times[name] for times in rounds] for name in sides}
     return {
-        "lockstep": {"parameters": ours.parameters, "tokens_per_second": our_rates},
-        "transformers": {"parameters": theirs.parameters, "tokens_per_second": their_rates},
-        "ratio": our_rates["median"] / their_rates["median"],
+        "parameters": {"lockstep": ours.num_parameters(), "others": theirs.num_parameters()},
+        "tokens_per_second": {name: rates(load.tokens, times) for name, times in seconds.items()},
+        "ratio": {name: median(times[name] / times["lockstep"] for times in rounds) for name in sides},
     }
+
+
+def shapes(quick: bool) -> dict[str, tuple[PolicyConfig, PolicyConfig]]:
+    """By name: our policy, and the others'."""
+    if quick:
+        tiny = qwen3_config(512, 64, 2, 2, 1, 32, 128)
+        return {"qwen3 tiny": (tiny, tiny)}
+    small = qwen3_config(16384, 256, 8, 4, 2, 64, 768)
+    large = qwen3_config(32768, 768, 12, 12, 4, 64, 2304)
+    ring = ring_10m_config()
+    return {"qwen3 10M": (small, small), "qwen3 108M": (large, large), "ring 9M": (ring, dense_twin(ring))}
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    load, dtype, vllm_python = QUICK if args.quick else Load(), torch.bfloat16, os.environ.get("LOCKSTEP_VLLM_PYTHON")
+    results = {}
+    for name, (ours, theirs) in shapes(args.quick).items():
+        results[name] = measure(ours, theirs, dtype, load, vllm_python)
+        side = LockstepSide(build(ours, dtype), load)
+        results[name]["step"] = decode_step.take_apart(side.policy, side.generate, load.batch)
+        show(name, results[name])
+    return {"load": dataclasses.asdict(load), "dtype": dtype_name(dtype), "shapes": results}
+
+
+def show(name: str, result: Mapping[str, Any]) -> None:
+    ours, theirs = result["parameters"]["lockstep"], result["parameters"]["others"]
+    print(f"{name}: {ours:,} parameters" + ("" if ours == theirs else f", the others' {theirs:,}"))
+    for side, rate in result["tokens_per_second"].items():
+        print(f"  {side:12} {rate['median']:7.0f} tokens/s   ours is {result['ratio'][side]:.2f}x")
+    print(decode_step.table(result["step"]), flush=True)
 
 
 def main() -> None:
     args = arguments(__doc__)
-    load, config = QUICK if args.quick else Load(), ring_10m_config()
-    results = {name: measure(config, dtype, load) for name, dtype in DTYPES.items()}
-    record = {
-        "comparison": COMPARISON,
-        "load": dataclasses.asdict(load),
-        "policy": dataclasses.asdict(config),
-        **results,
-    }
-    path = write_result(args, "engine", record)
-    print(COMPARISON)
-    for name, result in results.items():
-        sides = [f"{side} {result[side]['tokens_per_second']['median']:.0f}" for side in ("lockstep", "transformers")]
-        print(f"{name}: {', '.join(sides)} tokens/s, ratio {result['ratio']:.2f}")
-    print(f"written to {path}")
+    print(f"written to {write_result(args, 'engine', run(args))}")
 
 
 if __name__ == "__main__":

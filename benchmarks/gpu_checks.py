@@ -45,7 +45,8 @@ def run_tests(operators: Sequence[str], quick: bool) -> dict[str, Outcome]:
         report = Path(folder) / "tests.xml"
         files = [str(TESTS / f"test_{operator}.py") for operator in operators]
         options = ["-q", "-W", "default", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-        options += [] if quick else ["-m", "slow or not slow"]
+        # Not those of pyproject.toml, which ask for xdist.
+        options += ["-o", "addopts=--import-mode=importlib", "-m", "not slow" if quick else "slow or not slow"]
         options += ["-n", str(PROCESSES)] if find_spec("xdist") else []  # most of the time goes into compiling
         subprocess.run([sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, check=False)
         found = read_tests(report.read_text()) if report.is_file() else {}

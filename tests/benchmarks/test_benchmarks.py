@@ -2,12 +2,15 @@
 
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import common, engine, record, trainer
+import ops
+from benchmarks import common, decode_step, engine, group, long_context, record, trainer
+from ops.linear import linear
 from policy.config import PolicyConfig
 from policy.transformer import Policy
 
@@ -50,17 +53,34 @@ def test_trainer_benchmark_measures_a_step_against_a_product(monkeypatch) -> Non
     assert result["ratio"] == achieved["median"] / peak["median"] > 0
 
 
-def test_engine_benchmark_generates_equal_token_counts_on_both_sides() -> None:
+def test_engine_benchmark_takes_turns_and_compares_round_by_round() -> None:
     load = engine.Load(batch=2, prompt=3, new_tokens=4, repeats=1)
-    result = engine.measure(TINY, torch.float32, load)
-    assert result["lockstep"]["parameters"] == Policy(TINY, torch.float32).num_parameters()
-    our_rate, their_rate = (result[side]["tokens_per_second"]["median"] for side in ("lockstep", "transformers"))
-    assert result["ratio"] == our_rate / their_rate > 0
+    result = engine.measure(TINY, engine.dense_twin(TINY), torch.float32, load)
+    assert result["parameters"]["lockstep"] == Policy(TINY, torch.float32).num_parameters()
+    rates = {side: rate["median"] for side, rate in result["tokens_per_second"].items()}
+    assert result["ratio"] == {
+        "lockstep": 1.0,
+        "transformers": pytest.approx(rates["lockstep"] / rates["transformers"]),
+    }
+
+
+def test_the_sides_compute_the_same_policy(tmp_path: Path) -> None:
+    load, config = engine.Load(batch=2, prompt=5, new_tokens=1), engine.dense_twin(TINY)
+    policy = engine.build(config, torch.float32)
+    with engine.others(policy, torch.float32, load, None) as sides:
+        side = sides["transformers"]
+        assert isinstance(side, engine.TransformersSide)
+        with torch.no_grad():
+            theirs = side.model(side.prompts).logits.log_softmax(-1)
+            layout = ops.ChunkLayout.build([5, 5], config.chunk_size)
+            ours = policy.full_log_probs(policy(side.prompts.flatten(), layout), 1.0).view(theirs.shape)
+    # Sums of at most 32 terms through 2 layers, values of order 1: far inside 1e-5 in FP32, far outside in another net.
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 def test_the_compared_networks_have_equal_widths() -> None:
     ours = common.ring_10m_config()
-    theirs = engine.qwen3_config(ours)
+    theirs = engine.dense_twin(ours)
     for name in (
         "hidden_size",
         "num_hidden_layers",
@@ -72,7 +92,43 @@ def test_the_compared_networks_have_equal_widths() -> None:
         assert getattr(theirs, name) == getattr(ours, name)
     experts = ours.num_experts_per_tok * ours.moe_intermediate_size + ours.moe_shared_expert_intermediate_size
     assert experts == theirs.intermediate_size
-    assert 9e6 < Policy(ours, torch.bfloat16).num_parameters() < 11e6
+    sizes = {"qwen3 10M": 10_491_136, "qwen3 108M": 107_761_920, "ring 9M": 9_184_512}
+    assert {n: Policy(c, torch.bfloat16).num_parameters() for n, (c, _) in engine.shapes(quick=False).items()} == sizes
+
+
+def test_a_step_is_taken_apart_into_all_of_its_time() -> None:
+    load = engine.Load(batch=2, prompt=3, new_tokens=4)
+    side = engine.LockstepSide(engine.build(TINY, torch.float32), load)
+    step = decode_step.take_apart(side.policy, side.generate, load.batch)
+    assert step["steps"] == 4
+    assert all(ms > 0 for ms in {**step["parts"], **step["limits"], **step["memory"]}.values())
+    assert ops.linear is linear  # what was watched is itself again
+
+
+def test_long_context_compares_siblings_of_equal_width() -> None:
+    load = long_context.Load(longest=128, shortest=64, piece=64, decoded=1)
+    hybrid = long_context.hybrid_config(load)
+    softmax = replace(hybrid, layer_group_size=1)
+    assert [hybrid.is_softmax(i) for i in range(5)] == [False] * 4 + [True]
+    assert all(softmax.is_softmax(i) for i in range(5))
+    seconds = long_context.measure({"hybrid": hybrid, "softmax": softmax}, load)
+    assert [len(times) for side in seconds.values() for times in side.values()] == [2] * 4
+    assert long_context.ratios({"softmax": {"decode": [2.0, 3.0]}, "hybrid": {"decode": [1.0, 6.0]}}, "decode") == [
+        2,
+        0.5,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "at"), [([0.5, 1.1, 2.0], 2), ([2.0, 0.9, 1.5], 4), ([1.1, 1.2, 1.3], 1), ([0.9] * 3, None)]
+)
+def test_crossover_is_where_the_hybrid_stays_faster(values: list[float], at: int | None) -> None:
+    assert long_context.crossover([1, 2, 4], values) == at
+
+
+def test_group_benchmark_measures_the_three_sides_in_turn() -> None:
+    seconds = group.measure(TINY, group.Load(prompt=20, group=3, repeats=2))
+    assert {name: len(times) for name, times in seconds.items()} == {"one": 2, "group": 2, "alone": 2}
 
 
 def test_quickstart_shape_is_the_recipe() -> None:
