@@ -71,6 +71,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # before the address is printed: whoever reads it may come at once
     except OSError as error:
         listener.close()
         raise ValueError(f"cannot listen on {host}, port {port}: {error.strerror or error}; choose --port 0") from None

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -89,7 +90,7 @@ def test_it_follows_a_run_that_goes_on(run: Path, monkeypatch: pytest.MonkeyPatc
         else:
             (run / METRICS_FILE).write_text("\n".join(lines) + "\n")
 
-    monkeypatch.setattr("rl.dashboard.time.sleep", later)
+    monkeypatch.setattr("rl.dashboard.time", SimpleNamespace(sleep=later))  # not every thread's
     lines = [line.plain for line in follow_lines(run)]
     assert [line.split()[1] for line in lines[:-1]] == ["1/4", "2/4", "3/4"] and lines[-1].endswith("failed")
 

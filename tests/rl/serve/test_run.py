@@ -64,12 +64,15 @@ def test_the_command_serves_and_ends_when_it_is_interrupted(served_policy: Path)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        found = re.match(r"tiny at (http://127\.0\.0\.1:\d+)/v1 ", said)
-        assert found, said + process.stdout.read()
-        answer = httpx.post(f"{found[1]}/v1/completions", json=BODY | {"model": "tiny"}, timeout=60)
-        assert answer.status_code == 200
-        process.send_signal(signal.SIGINT)
-        rest = process.stdout.read()
-        assert process.wait(30) in (0, 130, -signal.SIGINT) and "Traceback" not in rest, rest
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            found = re.match(r"tiny at (http://127\.0\.0\.1:\d+)/v1 ", said)
+            assert found, said
+            answer = httpx.post(f"{found[1]}/v1/completions", json=BODY | {"model": "tiny"}, timeout=60)
+            assert answer.status_code == 200
+            process.send_signal(signal.SIGINT)
+            rest, _ = process.communicate(timeout=30)
+            assert process.returncode in (0, 130, -signal.SIGINT) and "Traceback" not in rest, rest
+        finally:
+            process.kill()
