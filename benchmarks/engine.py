@@ -50,7 +50,7 @@ class Load:
     batch: int = 64
     prompt: int = 32
     new_tokens: int = 128
-    repeats: int = 5
+    repeats: int = 3
 
     @property
     def tokens(self) -> int:
