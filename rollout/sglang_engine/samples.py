@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from rollout.request import Completion, Request
-from rollout.vllm_engine.samples import draw_seed
+from rollout.sample_seed import sample_seed
 
 ALL_TOKENS = -1
 MASKED_TOP_K = range(2, 4097)  # for which SGLang reports log-probs after the limits
@@ -62,7 +62,7 @@ def sample_body(
             "min_p": wanted.min_p,
             "stop_token_ids": [*stop_token_ids, *wanted.stop_token_ids],
             "stop": list(wanted.stop_strings),
-            "sampling_seed": draw_seed(request, sample),
+            "sampling_seed": sample_seed(request, sample),
         },
     }
     if wanted.top_log_probs:

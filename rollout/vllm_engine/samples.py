@@ -1,13 +1,12 @@
 """Requests on their way into vLLM, one for each sample, and what has come back of them."""
 
-import hashlib
-import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rollout.request import Completion, Request
+from rollout.sample_seed import sample_seed
 
 if TYPE_CHECKING:
     from vllm import SamplingParams as VllmParams
@@ -88,12 +87,6 @@ def _stacked(rows: list[np.ndarray | None]) -> np.ndarray | None:
     return np.stack(kept) if kept else None
 
 
-def draw_seed(request: Request, sample: int) -> int:
-    """The seed of a sample's generator, 63 bits of a hash of its address: which engine draws it does not matter."""
-    address = struct.pack("<QIII", request.seed, request.step, request.prompt, sample)
-    return int.from_bytes(hashlib.sha256(address).digest()[:8], "little") >> 1
-
-
 def vllm_params(request: Request, sample: int, stop_token_ids: tuple[int, ...], seeded: bool) -> "VllmParams":
     """stop_token_ids: the policy's own; seeded: vLLM draws, from a generator of the sample's own."""
     from vllm import SamplingParams as VllmParams
@@ -107,7 +100,7 @@ def vllm_params(request: Request, sample: int, stop_token_ids: tuple[int, ...], 
         top_p=wanted.top_p,
         top_k=wanted.top_k,
         min_p=wanted.min_p,
-        seed=draw_seed(request, sample) if seeded else None,
+        seed=sample_seed(request, sample) if seeded else None,
         stop_token_ids=[*stop_token_ids, *wanted.stop_token_ids],
         stop=list(wanted.stop_strings),
         detokenize=bool(wanted.stop_strings),

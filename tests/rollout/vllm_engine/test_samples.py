@@ -11,9 +11,10 @@ import torch
 from policy.checkpoint import save_config
 from rollout.config import RolloutConfig
 from rollout.request import Request, SamplingParams
+from rollout.sample_seed import sample_seed
 from rollout.vllm_engine.engine import VllmEngine
 from rollout.vllm_engine.launch import max_sequence, refuse_unserved
-from rollout.vllm_engine.samples import Drawn, Sample, draw_seed
+from rollout.vllm_engine.samples import Drawn, Sample
 from tests.policy.tiny import family_config, make_config
 
 ASKED = Request(3, np.array([5, 6]), 4, SamplingParams(8), seed=7, step=1, prompt=2)
@@ -21,10 +22,10 @@ ASKED = Request(3, np.array([5, 6]), 4, SamplingParams(8), seed=7, step=1, promp
 
 def test_every_part_of_the_address_makes_another_seed() -> None:
     others = [replace(ASKED, seed=8), replace(ASKED, step=2), replace(ASKED, prompt=1), replace(ASKED, seed=2**64 - 1)]
-    seeds = [draw_seed(ASKED, sample) for sample in range(4)] + [draw_seed(other, 0) for other in others]
+    seeds = [sample_seed(ASKED, sample) for sample in range(4)] + [sample_seed(other, 0) for other in others]
     assert len(set(seeds)) == 8 and all(0 <= seed < 2**63 for seed in seeds)
     # Of the address alone: not of the request's id, nor of how many samples it has.
-    assert draw_seed(replace(ASKED, request_id=9, num_samples=1), 0) == seeds[0]
+    assert sample_seed(replace(ASKED, request_id=9, num_samples=1), 0) == seeds[0]
     assert seeds[0] == 2506821900172027675
 
 
