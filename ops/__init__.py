@@ -17,7 +17,7 @@ from ops.fp8 import (
 )
 from ops.gradients import clip_gradients, gradient_norm, gradient_norm_reference
 from ops.layout import ChunkLayout
-from ops.linear import fp32_linear, linear, linear_reference
+from ops.linear import fp32_linear, linear, linear_reference, product_dtype
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
 from ops.rms_norm import (
@@ -68,6 +68,7 @@ __all__ = [
     "log_probs_reference",
     "most_likely",
     "philox",
+    "product_dtype",
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "quantize_rows",

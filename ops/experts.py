@@ -47,11 +47,13 @@ class _ExpertRows:
 
 
 def _torch_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool
 ) -> Tensor:
     rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
-    hidden = swiglu(grouped_linear(apply(_Permute, x.to(dtype), rows.source, rows.place), gate_up, rows.counts, dtype))
-    y: Tensor = apply(_Combine, grouped_linear(hidden, down, rows.counts, dtype), weights, rows.source, rows.place)
+    gathered = apply(_Permute, x.to(dtype), rows.source, rows.place)
+    hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded))
+    outputs = grouped_linear(hidden, down, rows.counts, dtype, rounded)
+    y: Tensor = apply(_Combine, outputs, weights, rows.source, rows.place)
     return y
 
 
@@ -393,10 +395,15 @@ class _SumSlots(torch.autograd.Function):
         return grad_rows, grad_weights, None
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """x FP32 [T, D], gate_up [E, 2F, D], down [E, D, F], ids and weights [T, k] from `route` -> FP32 [T, D]."""
+def experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool = False
+) -> Tensor:
+    """x FP32 [T, D], gate_up [E, 2F, D], down [E, D, F], ids and weights [T, k] from `route` -> FP32 [T, D].
+
+    rounded: both matrices hold numbers of `dtype` already, as in `linear`.
+    """
     if choose("experts", x) is not Path.TRITON:
-        return _torch_experts(x, gate_up, down, ids, weights, dtype)
+        return _torch_experts(x, gate_up, down, ids, weights, dtype, rounded)
     plan = _plan(ids, gate_up.shape[0])
     hidden = swiglu(apply(_GroupedLinear, x, gate_up, plan, True, dtype))
     y: Tensor = apply(_SumSlots, apply(_GroupedLinear, hidden, down, plan, False, dtype), weights, plan)

@@ -44,6 +44,7 @@ class ChunkLayout:
     position_ids: Tensor  # [T]
     token_slot: Tensor  # [T] tile * C + row of each token
     token_row: Tensor  # [T] row inside its tile
+    token_sequence: np.ndarray  # [T]
     sequence_order: Tensor  # [S] sequences in scan order
     ranks: tuple[tuple[int, int], ...]  # (first tile, count) of each rank
     complete: tuple[Tensor, ...]  # per rank: scan positions of the sequences whose tile of that rank is full
@@ -97,6 +98,7 @@ class ChunkLayout:
             position_ids=torch.from_numpy(positions).to(device),
             token_slot=torch.from_numpy(tile * chunk_size + positions % chunk_size),
             token_row=torch.from_numpy(positions % chunk_size),
+            token_sequence=sequence,
             sequence_order=torch.from_numpy(order),
             ranks=tuple(zip(rank_first[:-1].tolist(), rank_counts.tolist(), strict=True)),
             complete=tuple(torch.from_numpy(np.flatnonzero(full[order] > rank)) for rank in range(len(rank_counts))),
@@ -106,20 +108,15 @@ class ChunkLayout:
         )
 
     @cached_property
-    def parts(self) -> "tuple[LayoutPart, ...]":
-        """Sequences that bring a single token, and the others, apart: on a CPU the former need no tile of queries."""
-        single = self.lengths == 1
-        if single.all() or not single.any():
-            return (LayoutPart(np.arange(len(self.lengths)), torch.arange(self.num_tokens), self),)
-        return tuple(self._part(np.flatnonzero(chosen)) for chosen in (single, ~single))
+    def begins(self) -> np.ndarray:
+        """[S] place of each sequence's first new token in the packed batch."""
+        begins: np.ndarray = np.cumsum(self.lengths) - self.lengths
+        return begins
 
-    def _part(self, sequences: np.ndarray) -> "LayoutPart":
-        lengths = self.lengths[sequences]
-        shift = np.cumsum(self.lengths)[sequences] - np.cumsum(lengths)
-        tokens = torch.from_numpy(np.arange(lengths.sum()) + np.repeat(shift, lengths))
-        return LayoutPart(
-            sequences, tokens, ChunkLayout.build(lengths, self.chunk_size, self.starts[sequences], self.device)
-        )
+    @cached_property
+    def token_chunk(self) -> np.ndarray:
+        """[T] chunk index of each token inside its sequence, from position 0."""
+        return self.position_ids.cpu().numpy() // self.chunk_size
 
     def planned(self, name: Hashable, source: object, build: Callable[[], Any]) -> Any:
         """What `build` makes of this layout and `source`, which must not change: once for all layers of a forward."""
@@ -135,7 +132,7 @@ class ChunkLayout:
     @cached_property
     def tables(self) -> TileTables:
         parts = {
-            "begins": np.cumsum(self.lengths) - self.lengths,
+            "begins": self.begins,
             "lengths": self.lengths,
             "starts": self.starts,
             "tile_sequence": self.tile_sequence,
@@ -164,15 +161,6 @@ class ChunkLayout:
         _, heads, _, dim = tiles.shape
         flat = tiles.transpose(1, 2).reshape(-1, heads * dim)
         return flat.index_select(0, self.token_slot).view(-1, heads, dim)
-
-
-@dataclass(frozen=True)
-class LayoutPart:
-    """Some sequences of a batch, with a layout of their own."""
-
-    sequences: np.ndarray  # their numbers, ascending
-    tokens: Tensor  # int64, places of their tokens in the packed batch, ascending
-    layout: ChunkLayout
 
 
 def _sequence_tiles(order: np.ndarray, tiles: np.ndarray, rank_first: np.ndarray) -> np.ndarray:

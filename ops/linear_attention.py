@@ -9,10 +9,9 @@ at the tile's first position and i, j rows of the tile,
     o_i = sum_{j <= i} lambda^(i-j) (q_i k_j) v_j + lambda^(i+1) q_i S
     S'  = lambda^C S + sum_j lambda^(C-1-j) k_j^T v_j
 
-A decode step has one query row but the same keys, values and state as the training tile, and a matrix product's row has
-the same bits alone or among others (on a CPU from BMM_MIN_ROWS rows on; our kernels always multiply whole tiles), so
-decode = prefill = training in bits. The state is FP32, read at every step and written once per chunk; the K and V of
-the open chunk wait in the cache.
+A decode step has one query row but the same keys, values and state as the training tile, and a row of a product has the
+same bits alone or among others, so decode = prefill = training in bits. The state is FP32, read at every step and
+written once per chunk; the K and V of the open chunk wait in the cache.
 
 The CPU path multiplies in FP32. The Triton path multiplies BF16 operands where v is BF16, else FP32, and accumulates in
 FP32; q k^T lambda^(i-j) and lambda^(C-1-j) v are rounded to the operand type, S is read as a sum of two BF16 terms.
@@ -24,14 +23,15 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ops.autograd import apply
+from ops.compiled import ZERO, compiled, f32, fma, plain, share
 from ops.dispatch import Path, choose
 from ops.jit import ALIGNMENT, aligned, jit, launch, like, tl, triton_dtype
 from ops.layout import ChunkLayout
-from ops.linear import BMM_MIN_ROWS, bmm
 
 
 @dataclass(frozen=True)
@@ -82,65 +82,121 @@ def lightning_attention_reference(q: Tensor, k: Tensor, v: Tensor, slopes: Tenso
     return torch.stack(outputs)
 
 
-# The CPU path.
+# The CPU path: one kernel for training, prefill and decode, which walks the new tokens of a sequence and a head. Every
+# sum runs in order: a score over d, an output over the keys up to its own and, apart, over the d rows of the state.
+
+
+@compiled
+def _score_keys(query, keys, count, scores):
+    """scores [count] of the first keys [d, C] of a chunk."""
+    scores[:count] = ZERO
+    for d in range(query.shape[0]):
+        q, row = query[d], keys[d]
+        for j in range(count):
+            scores[j] = fma(q, row[j], scores[j])
+
+
+@compiled
+def _weigh_rows(weights, rows, count, out):
+    """out [d'] = the first `count` weights times rows [count, d'], summed in order."""
+    out[:] = ZERO
+    whole = count - count % 4
+    for j in range(0, whole, 4):
+        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        r0, r1, r2, r3 = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+        for e in range(out.shape[0]):
+            out[e] = fma(w3, r3[e], fma(w2, r2[e], fma(w1, r1[e], fma(w0, r0[e], out[e]))))
+    for j in range(whole, count):
+        w, row = weights[j], rows[j]
+        for e in range(out.shape[0]):
+            out[e] = fma(w, row[e], out[e])
+
+
+@compiled
+def _advance_state(state, keys, values, key_decay, chunk_decay, weights, update):
+    """The state [d, d] behind a full chunk."""
+    chunk = values.shape[0]
+    for d in range(state.shape[0]):
+        for j in range(chunk):
+            weights[j] = keys[d, j] * key_decay[j, 0]
+        _weigh_rows(weights, values, chunk, update)
+        for e in range(update.shape[0]):
+            state[d, e] = fma(state[d, e], chunk_decay, update[e])
+
+
+@compiled
+def _cpu_lightning_kernel(
+    begin, end, q, k, v, slots, begins, starts, lengths, scale, tile_decay, query_decay, key_decay, chunk_decay,
+    state_pool, key_pool, value_pool, sequence_tiles, previous, out
+):  # fmt: skip
+    """Items are pairs of a sequence and a head. key_pool [slots, H, d, C] and value_pool [slots, H, C, d] hold the open
+    chunk, its keys transposed for vector instructions; previous [N, H, d, d] takes the state in front of every tile, if
+    it has room for any."""
+    heads, dim = q.shape[1:]
+    chunk = value_pool.shape[2]
+    query, across, inside, scores = np.empty(dim, f32), np.empty(dim, f32), np.empty(dim, f32), np.empty(chunk, f32)
+    for item in range(begin, end):
+        sequence, head = item // heads, item % heads
+        slot, start = slots[sequence], starts[sequence]
+        state, keys, values = state_pool[slot, head], key_pool[slot, head], value_pool[slot, head]
+        for n in range(lengths[sequence]):
+            token, row = begins[sequence] + n, (start + n) % chunk
+            if previous.shape[0] > 0 and (row == 0 or n == 0):
+                previous[sequence_tiles[sequence, (start + n) // chunk - start // chunk], head] = state
+            for d in range(dim):
+                query[d] = q[token, head, d] * scale
+                keys[d, row] = k[token, head, d]
+                values[row, d] = v[token, head, d]
+            _score_keys(query, keys, row + 1, scores)
+            for j in range(row + 1):
+                scores[j] *= tile_decay[head, row, j]
+            _weigh_rows(scores, values, row + 1, inside)
+            _weigh_rows(query, state, dim, across)
+            for d in range(dim):
+                out[token, head, d] = fma(across[d], query_decay[head, row, 0], inside[d])
+            if row == chunk - 1:
+                _advance_state(state, keys, values, key_decay[head], chunk_decay[head, 0, 0], scores, inside)
+
+
+def _torch_attend(
+    q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache, previous: Tensor
+) -> Tensor:
+    """FP32 [T, H, d]; the cache takes in the new tokens."""
+    q, k, v = (plain(x) for x in (q, k, v))
+    heads, chunk, dim = cache.value.shape[1:]
+    out = torch.empty_like(q)
+    share(
+        _cpu_lightning_kernel, len(layout.lengths) * heads, 2 * q.numel() * (dim + 2 * chunk), q, k, v, cache.slots,
+        layout.begins, layout.starts, layout.lengths, f32(_scale(q)), decay.tile, decay.query, decay.key, decay.chunk,
+        cache.state, cache.key.view(-1, heads, dim, chunk), cache.value, layout.sequence_tiles, previous, out,
+    )  # fmt: skip
+    return out
 
 
 def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output, and what backward needs: the tiles and the states before them."""
-    q, k, v = _scaled(q, k, v)
-    tiles = layout.into_tiles(q), layout.into_tiles(k), layout.into_tiles(v)
-    state = q.new_zeros(len(layout.lengths), q.shape[1], q.shape[2], v.shape[2])
-    previous, _ = _scan(tiles[1], tiles[2], state, decay, layout)
-    return layout.from_tiles(_tile_output(*tiles, previous, decay.tile, decay.query)), (*tiles, previous)
+    """The output, and what backward needs: the tokens and the states before their tiles."""
+    sequences, (heads, dim), chunk = len(layout.lengths), q.shape[1:], layout.chunk_size
+    state, open_chunk = torch.zeros(sequences, heads, dim, dim), torch.empty(2, sequences, heads, chunk, dim)
+    cache = LightningCache(state, open_chunk[0], open_chunk[1], torch.arange(sequences))
+    previous = torch.empty(layout.num_tiles, heads, dim, dim)
+    return _torch_attend(q, k, v, decay, layout, cache, previous), (q, k, v, previous)
 
 
 def _torch_backward(
     saved: tuple[Tensor, ...], grad: Tensor, decay: DecayTables, layout: ChunkLayout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, previous = saved
-    grad = layout.into_tiles(grad)
-    scores = bmm(q, k.transpose(2, 3)).mul_(decay.tile)
-    grad_scores = bmm(grad, v.transpose(2, 3)).mul_(decay.tile)
+    *tokens, previous = saved
+    q, k, v, grad = (layout.into_tiles(x) for x in (*_scaled(*tokens), grad))
+    scores = (q @ k.transpose(2, 3)).mul_(decay.tile)
+    grad_scores = (grad @ v.transpose(2, 3)).mul_(decay.tile)
     grad_state = _scan_backward(q, grad, decay, layout)
     # Row scaling commutes with the product from the right: lambda^(i+1) (dO S^T), lambda^(C-1-j) (V dS^T).
-    dq = bmm(grad_scores, k).add_(bmm(grad, previous.transpose(2, 3)).mul_(decay.query))
-    dk = bmm(grad_scores.transpose(2, 3), q).add_(bmm(v, grad_state.transpose(2, 3)).mul_(decay.key))
-    dv = bmm(scores.transpose(2, 3), grad).add_(bmm(k, grad_state).mul_(decay.key))
+    dq = (grad_scores @ k).add_((grad @ previous.transpose(2, 3)).mul_(decay.query))
+    dk = (grad_scores.transpose(2, 3) @ q).add_((v @ grad_state.transpose(2, 3)).mul_(decay.key))
+    dv = (scores.transpose(2, 3) @ grad).add_((k @ grad_state).mul_(decay.key))
     return layout.from_tiles(dq).mul_(_scale(q)), layout.from_tiles(dk), layout.from_tiles(dv)
-
-
-def _torch_cached(
-    q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache
-) -> Tensor:
-    q, k, v = _scaled(q, k, v)
-    if len(layout.parts) == 1:
-        return _torch_part(q, k, v, decay, layout, cache)
-    o = torch.empty_like(q)
-    for part in layout.parts:  # single tokens at the cost of decoding, the rest as tiles
-        own = replace(cache, slots=cache.slots[torch.from_numpy(part.sequences)])
-        o[part.tokens] = _torch_part(q[part.tokens], k[part.tokens], v[part.tokens], decay, part.layout, own)
-    return o
-
-
-def _torch_part(
-    q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache
-) -> Tensor:
-    slots = cache.slots[layout.sequence_order]
-    keys, values = (_tiles_with_open_chunk(x, pool, layout, slots) for x, pool in ((k, cache.key), (v, cache.value)))
-    state = _take(cache.state, slots)
-    previous, advanced = _scan(keys, values, state, decay, layout)
-    if layout.is_decode:
-        row = layout.token_row
-        tile_decay = decay.tile[:, row].transpose(0, 1).unsqueeze(2)  # [N, H, 1, C]
-        query_decay = decay.query[:, row].transpose(0, 1).unsqueeze(2)  # [N, H, 1, 1]
-        rows = q[:, :, None].expand(-1, -1, BMM_MIN_ROWS, -1).contiguous()
-        o = _tile_output(rows, keys, values, previous, tile_decay, query_decay)[:, :, 0].contiguous()
-    else:
-        o = layout.from_tiles(_tile_output(layout.into_tiles(q), keys, values, previous, decay.tile, decay.query))
-    cache.state[slots[layout.complete[0]]] = advanced  # last, because `previous` may be a view of the pool
-    return o
 
 
 def _scale(q: Tensor) -> float:
@@ -152,65 +208,10 @@ def _scaled(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.float() * _scale(q), k.float(), v.float()
 
 
-def _take(pool: Tensor, slots: Tensor) -> Tensor:
-    """The slots' part of a pool: a view where they are consecutive, which saves the copy that would cost most of a
-    decode step."""
-    first, count = int(slots[0]), len(slots)
-    if torch.equal(slots, torch.arange(first, first + count)):
-        return pool[first : first + count]
-    return pool.index_select(0, slots)
-
-
-def _tiles_with_open_chunk(x: Tensor, pool: Tensor, layout: ChunkLayout, slots: Tensor) -> Tensor:
-    """Tiles [N, H, C, d] of the new tokens, the first of each sequence completed by its open chunk. The pool keeps
-    the last."""
-    if layout.is_decode:
-        pool[slots, :, layout.token_row] = x
-        return _take(pool, slots)
-    tiles = layout.into_tiles(x)
-    continued = torch.from_numpy((layout.starts % layout.chunk_size)[layout.sequence_order.numpy()])
-    first = tiles[: len(slots)]
-    is_old = torch.arange(layout.chunk_size) < continued[:, None]
-    tiles[: len(slots)] = torch.where(is_old[:, None, :, None], pool.index_select(0, slots), first)
-    last = torch.from_numpy(layout.sequence_tiles.max(1))[layout.sequence_order]
-    pool[slots] = tiles.index_select(0, last)
-    return tiles
-
-
-def _scan(
-    keys: Tensor, values: Tensor, state: Tensor, decay: DecayTables, layout: ChunkLayout
-) -> tuple[Tensor, Tensor]:
-    """From `state` [S, H, d, d] in scan order: the state before each tile [N, H, d, d], and the final state of those
-    sequences (layout.complete[0]) that filled a chunk."""
-
-    def advance(rank: int) -> Tensor:
-        full = layout.complete[rank]
-        tiles = full + layout.ranks[rank][0]
-        new_keys, new_values = keys.index_select(0, tiles), values.index_select(0, tiles)
-        update = bmm(new_keys.mul_(decay.key).transpose(2, 3), new_values)
-        return state.index_select(0, full).mul_(decay.chunk).add_(update)
-
-    if len(layout.ranks) == 1:
-        return state, advance(0)
-    previous, state = state.new_empty(keys.shape[0], *state.shape[1:]), state.clone()
-    for rank, (first, count) in enumerate(layout.ranks):
-        previous[first : first + count] = state[:count]
-        state[layout.complete[rank]] = advance(rank)
-    return previous, state[layout.complete[0]]
-
-
-def _tile_output(
-    q: Tensor, keys: Tensor, values: Tensor, previous: Tensor, tile_decay: Tensor, query_decay: Tensor
-) -> Tensor:
-    """q [N, H, R, d], keys and values [N, H, C, d], previous [N, H, d, d] -> [N, H, R, d]."""
-    scores = bmm(q, keys.transpose(2, 3)).mul_(tile_decay)
-    return bmm(scores, values).add_(bmm(q, previous).mul_(query_decay))
-
-
 def _scan_backward(q: Tensor, grad: Tensor, decay: DecayTables, layout: ChunkLayout) -> Tensor:
     """Gradient of the state after each tile, [N, H, d, d]: from the last rank back to the first."""
     after = q.new_zeros(q.shape[0], q.shape[1], q.shape[3], grad.shape[3])
-    through = bmm((q * decay.query).transpose(2, 3), grad)
+    through = (q * decay.query).transpose(2, 3) @ grad
     for (first, _), (later, count) in zip(reversed(layout.ranks[:-1]), reversed(layout.ranks[1:]), strict=True):
         after[first : first + count] = after[later : later + count] * decay.chunk + through[later : later + count]
     return after
@@ -627,4 +628,6 @@ def lightning_attention(
     if path is Path.FAST:
         recurrence = _triton_recurrence if choose("lightning_recurrence", q) is Path.TRITON else _torch_recurrence
         return recurrence(q, k, v, decay, layout, cache)
-    return (_triton_cached if path is Path.TRITON else _torch_cached)(q, k, v, decay, layout, cache)
+    if path is Path.TRITON:
+        return _triton_cached(q, k, v, decay, layout, cache)
+    return _torch_attend(q, k, v, decay, layout, cache, cache.state.new_empty(0, *cache.state.shape[1:]))

@@ -11,11 +11,13 @@ come here for a token's log-probability (A7).
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ops import lm_head
 from ops.autograd import apply
+from ops.compiled import ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
 from ops.linear import row_invariant_matmul
@@ -41,32 +43,42 @@ def logit_blocks(hidden: Tensor, head: Tensor, temperature: Tensor) -> Iterator[
         yield first, row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous().div_(temperature)
 
 
+@compiled
+def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, weighted):
+    """Items are rows. x [T, V'] begins at column `first`; what comes after x goes on from the columns before."""
+    sums, products, weights = np.empty(8, f32), np.empty(8, f32), np.empty(x.shape[1], f32)
+    for row in range(begin, end):
+        values = x[row]
+        if first <= targets[row] < first + values.shape[0]:
+            chosen[row] = values[targets[row] - first]
+        new_top = max(top[row], largest(values, values.shape[0], sums))
+        for i in range(values.shape[0]):
+            weights[i] = exp(values[i] - new_top)
+        sums[:] = ZERO
+        products[:] = ZERO
+        whole = values.shape[0] - values.shape[0] % 8
+        for i in range(0, whole, 8):
+            some, their = weights[i : i + 8], values[i : i + 8]
+            for lane in range(8):
+                sums[lane] += some[lane]
+                products[lane] = fma(some[lane], their[lane], products[lane])
+        for i in range(whole, values.shape[0]):
+            sums[i - whole] += weights[i]
+            products[i - whole] = fma(weights[i], values[i], products[i - whole])
+        rescale = exp(top[row] - new_top)
+        total[row] = fma(total[row], rescale, sum_lanes(sums))
+        weighted[row] = fma(weighted[row], rescale, sum_lanes(products))
+        top[row] = new_top
+
+
 def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the blocks of x: x at the target, log sum exp, and entropy, FP32 [T] each."""
-    top = torch.full(targets.shape, float("-inf"), device=targets.device)
+    top = torch.full(targets.shape, float("-inf"))
     total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.empty_like(top)
     for first, x in blocks:
-        local, inside = _inside(targets, first, x.shape[1])
-        chosen = torch.where(inside, x.gather(1, local).squeeze(1), chosen)
-        new_top = torch.maximum(top, x.amax(-1))
-        rescale = torch.exp(top - new_top)
-        p = (x - new_top.unsqueeze(1)).exp_()
-        total = total * rescale + p.sum(-1)
-        weighted = weighted * rescale + p.mul_(x).sum(-1)
-        top = new_top
+        share(_cpu_statistics_kernel, len(x), 20 * x.numel(), x, first, targets, chosen, top, total, weighted)
     log_sum = top + total.log()
     return chosen, log_sum, log_sum - weighted / total
-
-
-def _log_sum(blocks: list[Tensor]) -> Tensor:
-    """log sum exp of x, FP32 [T], with the bits of `row_statistics`."""
-    top = torch.full_like(blocks[0][:, 0], float("-inf"))
-    total = torch.zeros_like(top)
-    for x in blocks:
-        new_top = torch.maximum(top, x.amax(-1))
-        total = total * torch.exp(top - new_top) + (x - new_top.unsqueeze(1)).exp_().sum(-1)
-        top = new_top
-    return top + total.log()
 
 
 def softmax_gradient_(x: Tensor, first: int, targets: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
@@ -186,6 +198,8 @@ def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature, dty
         x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
-    blocks = [x for _, x in logit_blocks(hidden, weight.to(dtype).float(), temperature)]
-    log_sum = _log_sum(blocks).unsqueeze(1)
-    return blocks[0].sub_(log_sum) if len(blocks) == 1 else torch.cat([x.sub_(log_sum) for x in blocks], dim=1)
+    blocks = list(logit_blocks(hidden, weight.to(dtype).float(), temperature))
+    nothing = torch.zeros(len(hidden), dtype=torch.int64)
+    log_sum = row_statistics(blocks, nothing)[1].unsqueeze(1)
+    parts = [x.sub_(log_sum) for _, x in blocks]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

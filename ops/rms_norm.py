@@ -9,11 +9,14 @@ Inputs of any float dtype, FP32 inside and out (design A5); weight [D] is per ch
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
+from ops.compiled import ONE, ZERO, compiled, f32, fma, plain, share, sum_lanes
+from ops.compiled import sigmoid as sigmoid_of
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
@@ -31,17 +34,60 @@ def grouped_rms_norm_gate_reference(x: Tensor, weight: Tensor, gate: Tensor, gro
 # The CPU path. Everywhere below: x [..., R, D], weight [R, D], gate and delta like x.
 
 
+@compiled
+def _mean_square(x, lanes):
+    lanes[:] = ZERO
+    whole = x.shape[0] - x.shape[0] % 8
+    for i in range(0, whole, 8):
+        part = x[i : i + 8]
+        for lane in range(8):
+            lanes[lane] = fma(part[lane], part[lane], lanes[lane])
+    for i in range(whole, x.shape[0]):
+        lanes[i - whole] = fma(x[i], x[i], lanes[i - whole])
+    return sum_lanes(lanes) / f32(x.shape[0])
+
+
+@compiled
+def norm_scale(x, eps, lanes):
+    """1 / rms of a row."""
+    return ONE / np.sqrt(_mean_square(x, lanes) + eps)
+
+
+@compiled
+def _cpu_norm_kernel(begin, end, x, delta, weight, gate, eps, total, y, scale):
+    """Items are rows [D]; delta and gate may have none."""
+    lanes = np.empty(8, f32)
+    for row in range(begin, end):
+        source, target, factors = x[row], y[row], weight[row % weight.shape[0]]
+        if delta.shape[0] > 0:
+            added, source = delta[row], total[row]
+            for i in range(added.shape[0]):
+                source[i] = x[row, i] + added[i]
+        scale[row] = norm_scale(source, eps, lanes)
+        for i in range(source.shape[0]):
+            target[i] = source[i] * scale[row] * factors[i]
+        if gate.shape[0] > 0:
+            gates = gate[row]
+            for i in range(source.shape[0]):
+                target[i] *= sigmoid_of(gates[i])
+
+
 def _torch_forward(
     x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, its norm, and the scale of each row [..., R, 1]."""
-    x = x if delta is None else x + delta.float()
-    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    y = (x * scale).mul_(weight)
-    return x, (y if gate is None else y.mul_(sigmoid(gate.float()))), scale
+    y, scale, dim = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1), x.shape[-1]
+    total, none = x if delta is None else torch.empty_like(x), x.new_empty(0, dim)
+    rows = (none if each is None else plain(each).view(-1, dim) for each in (x, delta, gate))
+    values, added, gates = rows
+    share(
+        _cpu_norm_kernel, len(values), 8 * x.numel(), values, added, weight, gates, f32(eps), total.view(-1, dim),
+        y.view(-1, dim), scale.view(-1),
+    )  # fmt: skip
+    return total, y, scale
 
 
-def _torch_backward(
+def norm_backward(
     x: Tensor, weight: Tensor, gate: Tensor | None, scale: Tensor, grad: Tensor, grad_sum: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of the sum, the weight and the gate."""
@@ -179,7 +225,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, gate, scale = ctx.saved_tensors
         assert grad is not None, "a norm that nobody used"
-        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
+        backward = _triton_backward if ctx.path is Path.TRITON else norm_backward
         found = backward(x, weight, gate, scale, aligned(grad), None if grad_sum is None else aligned(grad_sum))
         grads = (found[0], found[0], found[1], found[2])
         return *(None if t is None or g is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)), None

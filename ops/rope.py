@@ -10,13 +10,15 @@ for i < R/2 and the angle a = position * theta^(-2i/R). FP32 inside (design A5).
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ops.autograd import apply
+from ops.compiled import compiled, f32, plain, share
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
-from ops.rms_norm import rms_norm, rms_norm_reference
+from ops.rms_norm import norm_backward, norm_scale, rms_norm_reference
 
 
 def rope_table(
@@ -60,37 +62,69 @@ def qk_norm_rope_reference(
 # The CPU path.
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+@compiled
+def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, v, scale):
+    """Items are tokens; weight [H + K, d] may have no rows."""
+    heads, kv_heads, dim, half = q.shape[1], k.shape[1], q.shape[2], table.shape[2]
+    lanes, normed = np.empty(8, f32), np.empty(dim, f32)
+    for token in range(begin, end):
+        cos, sin = table[position_ids[token], 0], table[position_ids[token], 1]
+        for head in range(heads + kv_heads):
+            x, y = qkv[token, head], q[token, head] if head < heads else k[token, head - heads]
+            if weight.shape[0] > 0:
+                factors = weight[head]
+                scale[token, head] = norm_scale(x, eps, lanes)
+                for d in range(dim):
+                    normed[d] = x[d] * scale[token, head] * factors[d]
+            else:
+                normed[:] = x
+            # Two rounded products and one sum.
+            second = normed[half:]
+            for d in range(half):
+                y[d] = normed[d] * cos[d] - second[d] * sin[d]
+            turned = y[half:]
+            for d in range(half):
+                turned[d] = second[d] * cos[d] + normed[d] * sin[d]
+            y[2 * half :] = normed[2 * half :]
+        v[token] = qkv[token, heads + kv_heads :]
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
 
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.shape[-1]
-    first, second = x[..., :half], x[..., half : 2 * half]
-    y = x.clone()
-    # Two rounded products and one sum, never a fused multiply-add: the same bits for any memory layout.
-    torch.sub(first * cos, second * sin, out=y[..., :half])
-    torch.add(second * cos, first * sin, out=y[..., half : 2 * half])
+def _turn_back(grad: Tensor, table: Tensor, position_ids: Tensor) -> Tensor:
+    """The gradient [T, H, d] of what was turned."""
+    rows, half = table.index_select(0, position_ids), table.shape[2]
+    cos, sin = rows[:, 0, None], rows[:, 1, None]
+    first, second, y = grad[..., :half], grad[..., half : 2 * half], grad.clone()
+    torch.add(first * cos, second * sin, out=y[..., :half])
+    torch.sub(second * cos, first * sin, out=y[..., half : 2 * half])
     return y
 
 
-def _torch_path(
-    qkv: Tensor, weight: Tensor | None, heads: int, table: Tensor, position_ids: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    kv_heads = (qkv.shape[1] - heads) // 2
-    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    rows = table.index_select(0, position_ids)
-    qk = qk.float() if weight is None else rms_norm(qk, weight, eps)
-    turned: Tensor = apply(_Rope, qk, rows[:, 0, None], rows[:, 1, None])
-    return *turned.split([heads, kv_heads], dim=1), v
+class _TorchQKNormRope(torch.autograd.Function):
+    """qkv [T, H + 2K, d], weight [H + K, d] or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, weight: Tensor | None, heads: int, table: Tensor, position_ids: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (tokens, all_heads, dim), x = qkv.shape, plain(qkv)
+        kv_heads = (all_heads - heads) // 2
+        q, k, v = (x.new_empty(tokens, count, dim) for count in (heads, kv_heads, kv_heads))
+        scale, factors = x.new_empty(tokens, heads + kv_heads), x.new_empty(0, dim) if weight is None else plain(weight)
+        share(_cpu_kernel, tokens, 12 * x.numel(), x, factors, table, position_ids, f32(eps), q, k, v, scale)
+        ctx.save_for_backward(x, weight, table, position_ids, scale)
+        ctx.dtype = qkv.dtype
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, table, position_ids, scale = ctx.saved_tensors
+        grad, grad_weight = _turn_back(torch.cat([grad_q, grad_k], dim=1), table, position_ids), None
+        if weight is not None:
+            grad, grad_weight, _ = norm_backward(
+                x[:, : grad.shape[1]], weight.float(), None, scale.unsqueeze(-1), grad, None
+            )
+            grad_weight = grad_weight.to(weight.dtype)
+        return torch.cat([grad, grad_v], dim=1).to(ctx.dtype), grad_weight, None, None, None, None
 
 
 # The Triton path: a program takes BLOCK_T tokens of one head. Each value is loaded twice, once as itself and once as
@@ -239,14 +273,12 @@ def qk_norm_rope(
     """qkv [T, H + 2K, d], q_weight and k_weight [d] (None: no norm), table from `rope_table`, position_ids int64 [T]
     -> q [T, H, d], k and v [T, K, d].
 
-    q and k come in FP32 on the CPU path, in the dtype of qkv on the Triton path, where attention multiplies in it.
+    They come in FP32 on the CPU path, in the dtype of qkv on the Triton path, as attention multiplies.
     """
     kv_heads = (qkv.shape[1] - heads) // 2
     weight = None
     if q_weight is not None and k_weight is not None:
         weight = torch.cat([q_weight.expand(heads, -1), k_weight.expand(kv_heads, -1)])
-    if choose("qk_norm_rope", qkv) is Path.TRITON:
-        q, k, v = apply(_QKNormRope, qkv, weight, heads, table, position_ids, eps)
-    else:
-        q, k, v = _torch_path(qkv, weight, heads, table, position_ids, eps)
+    function = _QKNormRope if choose("qk_norm_rope", qkv) is Path.TRITON else _TorchQKNormRope
+    q, k, v = apply(function, qkv, weight, heads, table, position_ids, eps)
     return q, k, v

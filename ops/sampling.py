@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ops.compiled import compiled, exp, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
 from ops.log_probs import full_log_probs
@@ -48,18 +49,63 @@ def sample_reference(log_probs: Tensor, uniform: float) -> int:
 # The CPU path.
 
 
+_WALK = 256  # tokens whose mass is summed before it joins the total: first the run is found, then the token in it
+
+
+@compiled
+def _cpu_exp_kernel(begin, end, rows, probabilities):
+    for row in range(begin, end):
+        x, p = rows[row], probabilities[row]
+        for i in range(x.shape[0]):
+            p[i] = exp(x[i])
+
+
+@compiled
+def _cpu_draw_kernel(begin, end, probabilities, uniform, tokens, mass):
+    """Items are rows: the token, and the mass of all. Sums in FP64."""
+    vocabulary = probabilities.shape[1]
+    runs, lanes = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(8)
+    for row in range(begin, end):
+        p, total = probabilities[row], 0.0
+        for run in range(runs.shape[0]):
+            part = p[run * _WALK : min((run + 1) * _WALK, vocabulary)]
+            lanes[:] = 0.0
+            whole = part.shape[0] - part.shape[0] % 8
+            for i in range(0, whole, 8):
+                some = part[i : i + 8]
+                for lane in range(8):
+                    lanes[lane] += some[lane]
+            for i in range(whole, part.shape[0]):
+                lanes[i - whole] += part[i]
+            runs[run] = sum_lanes(lanes)
+            total += runs[run]
+        threshold, before, run = uniform[row] * total, 0.0, 0
+        while run < runs.shape[0] - 1 and before + runs[run] <= threshold:
+            before += runs[run]
+            run += 1
+        token = min((run + 1) * _WALK, vocabulary) - 1
+        for i in range(run * _WALK, token + 1):
+            before += p[i]
+            if before > threshold:
+                token = i
+                break
+        while p[token] == 0.0 and token > 0:  # rounding left the threshold beyond the last sum
+            token -= 1
+        tokens[row], mass[row] = token, total
+
+
 def _torch_draw(
     rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """rows: log-probs FP32 [B, V] -> tokens int64 [B] and their processed log-probs."""
-    probabilities = rows.exp().double()
+    probabilities = torch.empty_like(rows)
+    share(_cpu_exp_kernel, len(rows), 10 * rows.numel(), rows, probabilities)
     if bool((top_p < 1).any() or (top_k > 0).any() or (min_p > 0).any()):
-        probabilities = _truncate(probabilities, top_p, top_k, min_p)
-    cumulative = probabilities.cumsum(-1)
-    threshold = uniform.unsqueeze(1) * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=rows.shape[1] - 1)
-    chosen = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
-    processed = (chosen / cumulative[:, -1]).log().float()
+        probabilities = _truncate(probabilities.double(), top_p, top_k, min_p).float()
+    tokens, mass = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows), dtype=torch.float64)
+    share(_cpu_draw_kernel, len(rows), 4 * rows.numel(), probabilities, uniform, tokens, mass)
+    chosen = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).double()
+    processed = (chosen / mass).log().float()
     greedy = temperature == 0
     if bool(greedy.any()):
         vocabulary = torch.arange(rows.shape[1])

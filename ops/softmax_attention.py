@@ -2,16 +2,16 @@
 
     o_i = sum_{j <= i} softmax_j(d^-1/2 q_i k_j) v_j        query head h reads key-value head h // (H / K)
 
-q [T, H, d], k, v [T, K, d] -> o FP32 [T, H, d]. Keys lie in blocks of C positions, which are also the query tiles.
-Every (query tile, key block) pair is one product of one shape, and sums over keys run in an order that positions alone
-decide; a key that a row must not see adds exact zeros. So a row's bits depend on its own sequence alone, and one query
-row (decode) equals the same row of a full tile (training).
+q [T, H, d], k, v [T, K, d] -> o FP32 [T, H, d]. Keys lie in blocks of C positions. Sums over keys run in an order that
+positions alone decide, and a key that a row must not see adds nothing. So a row's bits depend on its own sequence
+alone, and a query row of decode equals the same row in training.
 
-The CPU path is FP32 throughout. The Triton path multiplies in the dtype of v (BF16, or FP32 without TF32) and
-accumulates, exponentiates and merges in FP32.
+The CPU path is FP32 throughout, and keeps the keys of a block transposed. The Triton path multiplies in the dtype of v
+(BF16, or FP32 without TF32) and accumulates, exponentiates and merges in FP32; every (query tile, key block) pair is
+one product of one shape there.
 
 Letters: S sequences, T tokens, N tiles, H heads, K key-value heads, G = H / K, C block length, d head dimension; on the
-CPU path P pairs and R query rows, on the Triton path P heads of a tile.
+Triton path P heads of a tile.
 """
 
 import math
@@ -25,13 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
+from ops.compiled import ZERO, compiled, exp, f32, fma, largest, plain, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
 from ops.layout import ChunkLayout
-from ops.linear import BMM_MIN_ROWS, bmm
-from ops.softmax_decode import SEGMENT, DecodePiece, LongSequence, blocks_per_segment, decode, plan_decode
-
-MAX_SCORES = 1 << 24  # scores held at once (64 MiB); query tiles are taken in groups under it, which moves no bit
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,6 @@ class PagedCache:
     key: Tensor  # FP32, or BF16 where kernels run [blocks, K, C, d], contiguous
     value: Tensor  # like key
     block_table: Tensor | np.ndarray  # integers [S, >= blocks needed]; kernels want a tensor beside the pools
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Pairs in order of key block, so that those of one key block are a slice over a prefix of the query tiles."""
-
-    query_tiles: Tensor  # [N] tile numbers, those with most key blocks first
-    counts: tuple[int, ...]  # query tiles that see key block 0, 1, ...
-    query: Tensor  # [P] position in query_tiles
-    key: Tensor  # [P] key block number in the pool
 
 
 def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -64,141 +51,184 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[i
     return torch.cat(outputs)
 
 
-# The CPU path: the row maximum is exact whatever the order; sums run inside a block, then over blocks as they ascend,
-# and over segments of blocks.
+# The CPU path: one kernel for training, prefill and decode. It takes some rows of a tile and a key-value head at once,
+# which reads keys less often and moves no bit, as every row has sums of its own. A score is summed over d in order,
+# weights and weighted values in order of position, segment by segment.
+
+_ROWS = 4
+SEGMENT = 1024  # positions that are summed before they join the total
+
+
+@compiled
+def _gather_queries(q, begin, head, row, rows, groups, scale, out):
+    """Rows row .. row + rows - 1 of a tile that begins at token `begin`: row r is token r // G, head r % G."""
+    for r in range(rows):
+        query = q[begin + (row + r) // groups, head * groups + (row + r) % groups]
+        for d in range(q.shape[2]):
+            out[r, d] = query[d] * scale
+
+
+@compiled
+def _score_block(queries, rows, keys, scores, first):
+    """scores [rows, first .. first + C] of one key block [d, C]."""
+    dim, chunk = keys.shape
+    for r in range(rows):
+        query, row = queries[r], scores[r, first : first + chunk]
+        for j in range(chunk):
+            row[j] = ZERO
+        whole = dim - dim % 4
+        for d in range(0, whole, 4):
+            q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
+            k0, k1, k2, k3 = keys[d], keys[d + 1], keys[d + 2], keys[d + 3]
+            for j in range(chunk):
+                row[j] = fma(q3, k3[j], fma(q2, k2[j], fma(q1, k1[j], fma(q0, k0[j], row[j]))))
+        for d in range(whole, dim):
+            q0, k0 = query[d], keys[d]
+            for j in range(chunk):
+                row[j] = fma(q0, k0[j], row[j])
+
+
+@compiled
+def _exponentiate(row, count, segment, lanes):
+    """Scores to weights relative to the largest, of which the first `count` are seen; returns it and their sum."""
+    top, total = largest(row, count, lanes), ZERO
+    for j in range(count):
+        row[j] = exp(row[j] - top)
+    for begin in range(0, count, segment):
+        end = min(begin + segment, count)
+        lanes[:] = ZERO
+        whole = begin + (end - begin) // 8 * 8
+        for j in range(begin, whole, 8):
+            part = row[j : j + 8]
+            for lane in range(8):
+                lanes[lane] += part[lane]
+        for j in range(whole, end):
+            lanes[j - whole] += row[j]
+        total += sum_lanes(lanes)
+    return top, total
+
+
+@compiled
+def _add_values(weights, values, count, out):
+    """out [d] += weights of the first `count` keys of a block times values [C, d], in order."""
+    whole = count - count % 4
+    for j in range(0, whole, 4):
+        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+        for d in range(out.shape[0]):
+            out[d] = fma(w3, v3[d], fma(w2, v2[d], fma(w1, v1[d], fma(w0, v0[d], out[d]))))
+    for j in range(whole, count):
+        w0, v0 = weights[j], values[j]
+        for d in range(out.shape[0]):
+            out[d] = fma(w0, v0[d], out[d])
+
+
+@compiled
+def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, sums):
+    """Weighted values of `rows` rows, unnormalised, into sums [rows, d]; row r sees keys_seen[r], the last one most."""
+    chunk = values.shape[2]
+    per_segment = segment // chunk
+    blocks = (keys_seen[rows - 1] + chunk - 1) // chunk
+    sums[:rows] = ZERO
+    for begin in range(0, blocks, per_segment):
+        part[:rows] = ZERO
+        for b in range(begin, min(begin + per_segment, blocks)):
+            block = values[table[b], head]
+            for r in range(rows):
+                count = min(chunk, keys_seen[r] - b * chunk)
+                if count > 0:
+                    _add_values(scores[r, b * chunk :], block, count, part[r])
+        for r in range(rows):
+            for d in range(part.shape[1]):
+                sums[r, d] += part[r, d]
+
+
+@compiled
+def _cpu_attention_kernel(
+    begin, end, q, keys, values, table, tile_sequence, tile_chunk, begins, starts, lengths, scale, segment, out, log_sum
+):
+    """Items are pairs of a tile and a key-value head. keys [blocks, K, d, C], values [blocks, K, C, d]."""
+    kv_heads, chunk, dim = values.shape[1:]
+    groups = q.shape[1] // kv_heads
+    queries, sums, part = np.empty((_ROWS, dim), f32), np.empty((_ROWS, dim), f32), np.empty((_ROWS, dim), f32)
+    keys_seen, totals, lanes = np.empty(_ROWS, np.int64), np.empty(_ROWS, f32), np.empty(8, f32)
+    scores = np.empty((_ROWS, (tile_chunk.max() + 1) * chunk), f32)
+    for item in range(begin, end):
+        tile, head = item // kv_heads, item % kv_heads
+        sequence, blocks = tile_sequence[tile], tile_chunk[tile] + 1
+        position = max(starts[sequence], (blocks - 1) * chunk)
+        tokens = min(starts[sequence] + lengths[sequence], blocks * chunk) - position
+        token = begins[sequence] + position - starts[sequence]
+        for row in range(0, tokens * groups, _ROWS):
+            rows = min(_ROWS, tokens * groups - row)
+            _gather_queries(q, token, head, row, rows, groups, scale, queries)
+            for b in range(blocks):
+                _score_block(queries, rows, keys[table[sequence, b], head], scores, b * chunk)
+            for r in range(rows):
+                at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups
+                keys_seen[r] = position + (row + r) // groups + 1
+                top, totals[r] = _exponentiate(scores[r], keys_seen[r], segment, lanes)
+                log_sum[at, query_head] = top + np.log(totals[r])
+            _attend_rows(rows, scores, keys_seen, table[sequence], values, head, segment, part, sums)
+            for r in range(rows):
+                at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups
+                for d in range(dim):
+                    out[at, query_head, d] = sums[r, d] / totals[r]
+
+
+@compiled
+def _cpu_append_kernel(begin, end, k, v, tokens_block, tokens_row, keys, values):
+    """Items are tokens: their keys [K, d] and values go to a row of a block."""
+    for token in range(begin, end):
+        block, row = tokens_block[token], tokens_row[token]
+        for head in range(k.shape[1]):
+            for d in range(k.shape[2]):
+                keys[block, head, d, row] = k[token, head, d]
+                values[block, head, row, d] = v[token, head, d]
+
+
+def _transposed(keys: Tensor) -> Tensor:
+    """Key blocks [blocks, K, C, d] as the CPU path fills their memory, [blocks, K, d, C]: neighbouring keys lie side by
+    side, for vector instructions."""
+    return keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2])
+
+
+def _torch_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> tuple[Tensor, Tensor]:
+    """Takes in the new keys and values; outputs FP32 [T, H, d] and log-sum-exps [T, H]."""
+    assert cache.key.dtype == cache.value.dtype == torch.float32, "the CPU path multiplies in FP32"
+    table = layout.planned("blocks", cache.block_table, lambda: torch.as_tensor(cache.block_table).numpy())
+    blocks = layout.planned("places", cache.block_table, lambda: table[layout.token_sequence, layout.token_chunk])
+    q, k, v = (plain(x) for x in (q, k, v))
+    keys, (tokens, heads, dim) = _transposed(cache.key), q.shape
+    share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, blocks, layout.token_row, keys, cache.value)
+    out, log_sum = torch.empty_like(q), q.new_empty(tokens, heads)
+    operations = 4 * heads * dim * int((layout.position_ids + 1).sum())
+    share(
+        _cpu_attention_kernel, layout.num_tiles * k.shape[1], operations, q, keys, cache.value, table,
+        layout.tile_sequence, layout.tile_chunk, layout.begins, layout.starts, layout.lengths, f32(dim**-0.5),
+        max(SEGMENT, layout.chunk_size), out, log_sum,
+    )  # fmt: skip
+    return out, log_sum
 
 
 def _torch_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what the backward pass needs. The sequence's own tiles are its key blocks."""
-    tiles, keys, values = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, k.float(), v.float()))
-    out, log_sum = torch.empty_like(tiles), tiles.new_empty(tiles.shape[:3])
-    rows = torch.arange(layout.chunk_size)[None, :, None]
-    for pairs in _query_groups(layout, layout.sequence_tiles, k.shape[1], q.shape[1] // k.shape[1]):
-        out[pairs.query_tiles], log_sum[pairs.query_tiles] = _forward(tiles, keys, values, rows, pairs, layout)
-    return layout.from_tiles(out), (tiles, keys, values, out, log_sum)
+    keys, values = torch.zeros(2, layout.num_tiles, k.shape[1], layout.chunk_size, k.shape[2]).unbind(0)
+    own = PagedCache(keys, values, layout.sequence_tiles)
+    out, log_sum = _torch_attend(q, k, v, layout, own)
+    return out, (q, _transposed(own.key).transpose(2, 3), own.value, out, log_sum)
 
 
 def _torch_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
     q, k, v, out, log_sum = saved
-    grad = layout.into_tiles(grad)
+    q, grad, out = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, grad, out))
+    log_sum = layout.into_tiles(log_sum.unsqueeze(-1))
     mean = (grad * out).sum(-1, keepdim=True)
-    grads = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    grads = torch.zeros_like(q), torch.zeros_like(v), torch.zeros_like(v)
     for distance in range(len(layout.ranks)):
         _backward_at_distance(distance, q, k, v, grad, mean, log_sum, grads, layout)
     dq, dk, dv = (layout.from_tiles(x) for x in grads)
     return dq.mul_(q.shape[-1] ** -0.5), dk, dv
-
-
-def _torch_cached(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
-    assert cache.key.dtype == cache.value.dtype == torch.float32, "the CPU path multiplies in FP32"
-    _write_new_keys(k, v, layout, cache)
-    q = q.float() * q.shape[-1] ** -0.5
-    if len(layout.parts) == 1:
-        return _torch_part(q, layout, cache, np.arange(len(layout.lengths)))
-    out = torch.empty_like(q)
-    for part in layout.parts:  # single tokens at the cost of decoding, the rest as tiles
-        out[part.tokens] = _torch_part(q[part.tokens], part.layout, cache, part.sequences)
-    return out
-
-
-def _torch_part(q: Tensor, layout: ChunkLayout, cache: PagedCache, sequences: np.ndarray) -> Tensor:
-    """q FP32 [T, H, d], scaled: the tokens of `sequences`, whose layout this is."""
-    kv_heads, table = cache.key.shape[1], cache.block_table
-    if layout.is_decode:
-
-        def plan() -> tuple[DecodePiece | LongSequence, ...]:
-            most_pairs = MAX_SCORES // (kv_heads * BMM_MIN_ROWS * layout.chunk_size)
-            return plan_decode(layout, torch.as_tensor(table).numpy()[sequences], most_pairs)
-
-        return decode(q, cache.key, cache.value, layout.planned(("decode", kv_heads), table, plan))
-    tiles = layout.into_tiles(q)
-    out = torch.empty_like(tiles)
-    rows = torch.arange(layout.chunk_size)[None, :, None]
-    for pairs in _query_groups(layout, torch.as_tensor(table).numpy()[sequences], kv_heads, q.shape[1] // kv_heads):
-        out[pairs.query_tiles] = _forward(tiles, cache.key, cache.value, rows, pairs, layout)[0]
-    return layout.from_tiles(out)
-
-
-def _write_new_keys(k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> None:
-    places = layout.planned(("places", k.shape[1]), cache.block_table, partial(_places, k, layout, cache))
-    for new, pool in ((k, cache.key), (v, cache.value)):
-        pool.view(-1, pool.shape[3]).index_copy_(0, places, new.to(pool.dtype).reshape(-1, pool.shape[3]))
-
-
-def _places(k: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
-    """int64 [T * K]: where the new keys go among the rows of a pool."""
-    sequence = torch.from_numpy(np.repeat(np.arange(len(layout.lengths)), layout.lengths)).to(k.device)
-    block, row = layout.position_ids // layout.chunk_size, layout.position_ids % layout.chunk_size
-    places = torch.as_tensor(cache.block_table, device=k.device)[sequence, block]
-    heads = places.unsqueeze(1) * k.shape[1] + torch.arange(k.shape[1], device=k.device)
-    return (heads * layout.chunk_size + row.unsqueeze(1)).flatten()
-
-
-def _query_groups(layout: ChunkLayout, block_table: np.ndarray, kv_heads: int, groups: int) -> list[_Pairs]:
-    """Pairs of all query tiles, cut into pieces whose scores fit MAX_SCORES."""
-    order = np.argsort(-layout.tile_chunk, kind="stable")
-    room = max(1, MAX_SCORES // (kv_heads * layout.chunk_size * groups * layout.chunk_size))
-    # The first tile sees the most key blocks, so it bounds what a piece of tiles needs.
-    pieces, begin = [], 0
-    while begin < len(order):
-        size = max(1, room // int(layout.tile_chunk[order[begin]] + 1))
-        pieces.append(_pairs(order[begin : begin + size], layout, block_table))
-        begin += size
-    return pieces
-
-
-def _pairs(order: np.ndarray, layout: ChunkLayout, block_table: np.ndarray) -> _Pairs:
-    chunks = layout.tile_chunk[order]
-    counts = (chunks[None] >= np.arange(chunks[0] + 1)[:, None]).sum(1)
-    query = np.concatenate([np.arange(count) for count in counts])
-    key_index = np.repeat(np.arange(len(counts)), counts)
-    key = block_table[layout.tile_sequence[order[query]], key_index]
-    return _Pairs(torch.from_numpy(order), tuple(counts.tolist()), torch.from_numpy(query), torch.from_numpy(key))
-
-
-def _forward(
-    tiles: Tensor, keys: Tensor, values: Tensor, rows: Tensor, pairs: _Pairs, layout: ChunkLayout
-) -> tuple[Tensor, Tensor]:
-    """tiles [N, H, R, d], rows broadcastable to [tiles, R, 1] -> outputs [tiles of pairs, H, R, d] and
-    log-sum-exp [tiles of pairs, H, R]."""
-    heads, num_rows, dim = tiles.shape[1:]
-    kv_heads, chunk = keys.shape[1:3]
-    q = tiles.index_select(0, pairs.query_tiles).view(-1, kv_heads, heads // kv_heads * num_rows, dim)
-    scores = bmm(q.index_select(0, pairs.query), keys.index_select(0, pairs.key).transpose(2, 3))  # [P, K, G * R, C]
-    scores = scores.unflatten(2, (heads // kv_heads, num_rows))
-    _mask_own_tile(scores, rows, pairs, chunk)
-    segment = blocks_per_segment(chunk)
-    top = _fold(scores.amax(-1), pairs, segment, torch.maximum)
-    weights = scores.sub_(top.index_select(0, pairs.query).unsqueeze(-1)).exp_()
-    total = _fold(weights.sum(-1), pairs, segment, torch.add)
-    out = _fold(bmm(weights.flatten(2, 3), values.index_select(0, pairs.key)), pairs, segment, torch.add)
-    out = out.view(-1, heads, num_rows, dim).div_(total.view(-1, heads, num_rows, 1))
-    return out, (top + total.log()).view(-1, heads, num_rows)
-
-
-def _mask_own_tile(scores: Tensor, rows: Tensor, pairs: _Pairs, chunk: int) -> None:
-    """Keys after the query: only a tile's last key block, its own, holds any."""
-    counts = np.asarray(pairs.counts)
-    tiles = len(pairs.query_tiles)
-    last = (counts[:, None] > np.arange(tiles)).sum(0) - 1  # key block index of each tile's own block
-    own = torch.from_numpy((np.cumsum(counts) - counts)[last] + np.arange(tiles))
-    future = torch.arange(chunk) > rows  # [tiles or 1, R, C]
-    scores.index_copy_(0, own, scores.index_select(0, own).masked_fill_(future[:, None, None], float("-inf")))
-
-
-def _fold(parts: Tensor, pairs: _Pairs, segment: int, combine: Any) -> Tensor:
-    """Merges the key blocks of each query tile, [P, ...] -> [tiles, ...], in the order of `softmax_decode.fold`."""
-    result, first = parts[: pairs.counts[0]].clone(), 0
-    for begin in range(0, len(pairs.counts), segment):
-        counts = pairs.counts[begin : begin + segment]
-        total = parts[first : first + counts[0]].clone() if begin else result
-        later = parts[first + counts[0] : first + sum(counts)].split(counts[1:]) if counts[1:] else ()
-        for count, part in zip(counts[1:], later, strict=True):
-            combine(total[:count], part, out=total[:count])
-        if begin:
-            combine(result[: counts[0]], total, out=result[: counts[0]])
-        first += sum(counts)
-    return result
 
 
 def _backward_at_distance(
@@ -223,13 +253,13 @@ def _backward_at_distance(
         return x.index_select(0, query).unflatten(1, (kv_heads, groups)).flatten(2, 3)  # [P, K, G * C, ...]
 
     queries, grad_out, keys = by_kv_head(q), by_kv_head(grad), k.index_select(0, key)
-    weights = bmm(queries, keys.transpose(2, 3)).sub_(by_kv_head(log_sum.unsqueeze(-1))).exp_()
+    weights = (queries @ keys.transpose(2, 3)).sub_(by_kv_head(log_sum)).exp_()
     if distance == 0:
         weights.unflatten(2, (groups, -1)).tril_()
-    grads[2].index_add_(0, key, bmm(weights.transpose(2, 3), grad_out))
-    grad_scores = bmm(grad_out, v.index_select(0, key).transpose(2, 3)).sub_(by_kv_head(mean)).mul_(weights)
-    grads[1].index_add_(0, key, bmm(grad_scores.transpose(2, 3), queries))
-    grads[0].index_add_(0, query, bmm(grad_scores, keys).view(-1, *q.shape[1:]))
+    grads[2].index_add_(0, key, (weights.transpose(2, 3) @ grad_out))
+    grad_scores = (grad_out @ v.index_select(0, key).transpose(2, 3)).sub_(by_kv_head(mean)).mul_(weights)
+    grads[1].index_add_(0, key, (grad_scores.transpose(2, 3) @ queries))
+    grads[0].index_add_(0, query, (grad_scores @ keys).view(-1, *q.shape[1:]))
 
 
 # The Triton path. A program owns a query tile, always of one shape: C positions of P heads that share their keys, or in
@@ -605,7 +635,22 @@ def _triton_cached(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: 
     return o
 
 
-# The fast form: torch's own attention, whose sums follow the batch.
+# The fast form: torch's own attention, whose sums follow the batch. Keys lie as on a GPU.
+
+
+def _write_new_keys(k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> None:
+    places = layout.planned(("places", k.shape[1]), cache.block_table, partial(_places, k, layout, cache))
+    for new, pool in ((k, cache.key), (v, cache.value)):
+        pool.view(-1, pool.shape[3]).index_copy_(0, places, new.to(pool.dtype).reshape(-1, pool.shape[3]))
+
+
+def _places(k: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
+    """int64 [T * K]: where the new keys go among the rows of a pool."""
+    sequence = torch.from_numpy(np.repeat(np.arange(len(layout.lengths)), layout.lengths)).to(k.device)
+    block, row = layout.position_ids // layout.chunk_size, layout.position_ids % layout.chunk_size
+    places = torch.as_tensor(cache.block_table, device=k.device)[sequence, block]
+    heads = places.unsqueeze(1) * k.shape[1] + torch.arange(k.shape[1], device=k.device)
+    return (heads * layout.chunk_size + row.unsqueeze(1)).flatten()
 
 
 def _fast(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache | None) -> Tensor:
@@ -663,6 +708,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cach
     if path is Path.FAST:
         return _fast(q, k, v, layout, cache)
     if cache is not None:
-        return (_triton_cached if path is Path.TRITON else _torch_cached)(q, k, v, layout, cache)
+        if path is Path.TRITON:
+            return _triton_cached(q, k, v, layout, cache)
+        return _torch_attend(q, k, v, layout, cache)[0]
     o: Tensor = apply(_SoftmaxAttention, q, k, v, layout, path)
     return o

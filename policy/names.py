@@ -168,7 +168,7 @@ def fill(policy: Policy, tensors: Iterable[tuple[str, Tensor]]) -> None:
     views, head = named_views(policy), None
     for name, tensor in tensors:
         if name in views:
-            views[name].copy_(tensor)
+            views[name].copy_(tensor.to(export_dtype(name, policy.dtype)) if policy.is_rounded else tensor)
         elif name == HEAD:
             head = tensor
     if head is not None and not torch.equal(head.to(policy.lm_head), policy.lm_head):

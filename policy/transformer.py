@@ -60,16 +60,16 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, fp8: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.dtype, self.fp8 = dtype, _Quantized() if fp8 else None
+        self.dtype, self.fp8, self.rounded = dtype, _Quantized() if fp8 else None, False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 and not torch.is_grad_enabled():
             return ops.fp8_matmul(ops.quantize_rows(x), self.fp8(self.weight, self.dtype))
-        return self.product(x, self.weight)
+        return self.product(x, self.weight, self.rounded)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, in], weight [out, in] in any dtype, rounded to the working dtype here -> [T, out]."""
-        return ops.fp8_linear(x, _fp32(weight, self.dtype)) if self.fp8 else ops.linear(x, weight, self.dtype)
+    def product(self, x: Tensor, weight: Tensor, rounded: bool = False) -> Tensor:
+        """x [T, in], weight [out, in] in any dtype, rounded to the working dtype here unless it is -> [T, out]."""
+        return ops.fp8_linear(x, _fp32(weight, self.dtype)) if self.fp8 else ops.linear(x, weight, self.dtype, rounded)
 
 
 class RMSNorm(nn.Module):
@@ -165,7 +165,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, hidden, width))
         shared = config.moe_shared_expert_intermediate_size * config.num_shared_experts
         self.shared_experts = MLP(hidden, shared, dtype, config.fp8_linear) if shared else None
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.rounded = config, dtype, False
         self.fp8 = (_Quantized(), _Quantized()) if config.fp8_linear else None
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
@@ -189,7 +189,7 @@ class MoE(nn.Module):
 
     def _routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.fp8 is None:
-            return ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype)
+            return ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype, self.rounded)
         if torch.is_grad_enabled():
             gate_up, down = (_fp32(weight, self.dtype) for weight in (self.gate_up, self.down))
             return ops.trained_fp8_experts(x, gate_up, down, ids, weights)
@@ -242,6 +242,7 @@ class Policy(nn.Module):
                 "set policy.dtype=bfloat16 or leave policy.fp8_linear off"
             )
         self.config, self.dtype = config, dtype
+        self.is_rounded = False  # whether the parameters hold numbers of `dtype` only, whatever type stores them
         self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -293,13 +294,19 @@ class Policy(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def to_working_dtype(self, device: torch.device | None = None) -> "Policy":
-        """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the head stays stored in FP32, in
-        which it is multiplied there."""
+        """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the rounded numbers are stored in
+        the type in which they are multiplied there: the head in FP32, matrices too where there are no BF16 units."""
         device = device or self.device
         for parameter in self.parameters():
-            rounded = parameter.data.to(self.dtype)
-            parameter.data = rounded.float() if parameter is self.lm_head and device.type == "cpu" else rounded
+            rounded, stored = parameter.data.to(self.dtype), self.dtype
+            if device.type == "cpu" and parameter.ndim > 1:
+                stored = torch.float32 if parameter is self.lm_head else ops.product_dtype(self.dtype)
+            parameter.data = rounded.to(stored)
             parameter.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, (Linear, MoE)):
+                module.rounded = True
+        self.is_rounded = True
         return self.to(device)
 
     @property

@@ -43,22 +43,6 @@ def test_empty_sequences_are_refused(lengths: list[int]) -> None:
         ops.ChunkLayout.build(lengths, 16)
 
 
-def test_single_tokens_and_the_rest_become_parts_with_layouts_of_their_own() -> None:
-    layout = ops.ChunkLayout.build([1, 3, 1, 2], 16, [5, 0, 31, 16])
-    single, rest = layout.parts
-    assert (single.sequences.tolist(), single.tokens.tolist()) == ([0, 2], [0, 4])
-    assert (rest.sequences.tolist(), rest.tokens.tolist()) == ([1, 3], [1, 2, 3, 5, 6])
-    assert single.layout.is_decode and single.layout.position_ids.tolist() == [5, 31]
-    assert rest.layout.position_ids.tolist() == [0, 1, 2, 16, 17]
-
-
-@pytest.mark.parametrize("lengths", [[1, 1], [2, 3]])
-def test_a_batch_of_one_kind_is_its_own_part(lengths: list[int]) -> None:
-    layout = ops.ChunkLayout.build(lengths, 16)
-    (part,) = layout.parts
-    assert part.layout is layout and part.tokens.tolist() == list(range(sum(lengths)))
-
-
 def test_a_plan_is_made_once_for_each_source() -> None:
     layout, numbers, one, other = ops.ChunkLayout.build([1], 16), count(), [1], [1]
     assert [layout.planned("next", source, numbers.__next__) for source in (one, one, other, one)] == [0, 0, 1, 0]
