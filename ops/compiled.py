@@ -88,7 +88,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 def array(x: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on a CPU."""
     assert x.is_contiguous(), "kernels are compiled for contiguous arrays"
-    return x.detach().numpy()
+    return (x.detach() if x.requires_grad else x).numpy()
 
 
 def plain(x: Tensor) -> Tensor:
@@ -177,3 +177,18 @@ def sum_lanes(lanes):
     for lane in range(1, 8):
         total += lanes[lane]
     return total
+
+
+@compiled
+def add_weighted(weights, rows, count, out):
+    """out [d] += the first `count` weights times rows [count, d], in order."""
+    whole = count - count % 4
+    for j in range(0, whole, 4):
+        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
+        r0, r1, r2, r3 = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+        for e in range(out.shape[0]):
+            out[e] = fma(w3, r3[e], fma(w2, r2[e], fma(w1, r1[e], fma(w0, r0[e], out[e]))))
+    for j in range(whole, count):
+        w, row = weights[j], rows[j]
+        for e in range(out.shape[0]):
+            out[e] = fma(w, row[e], out[e])

@@ -35,9 +35,7 @@ def _row_blocks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def _torch_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype
-) -> Gradients:
+def _cpu_forward(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype) -> Gradients:
     head, losses, ones = weight.to(dtype).float(), torch.empty_like(row_weights), torch.ones_like(row_weights)[:, None]
     grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
     for rows in _row_blocks(len(hidden), len(head)):
@@ -75,7 +73,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        forward = _triton_forward if choose("cross_entropy", hidden) is Path.TRITON else _torch_forward
+        forward = _triton_forward if choose("cross_entropy", hidden) is Path.TRITON else _cpu_forward
         loss, *ctx.gradients = forward(aligned(hidden), weight, aligned(targets), aligned(row_weights), dtype)
         ctx.weight_dtype = weight.dtype
         return loss

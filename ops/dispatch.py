@@ -1,6 +1,6 @@
 """Which implementation of an operator runs: the one decision point, what it decided and why.
 
-    torch   stock torch in the shapes that keep the alignment contract; tensors on a CPU
+    cpu     products by stock torch in the shapes that keep the alignment contract, the rest compiled; tensors on a CPU
     triton  our kernels; tensors on a GPU
     fast    what a user would pick who needs no alignment; only for operators named in `use_fast`
 
@@ -17,7 +17,7 @@ from ops.jit import triton
 
 
 class Path(StrEnum):
-    TORCH = "torch"
+    CPU = "cpu"
     TRITON = "triton"
     FAST = "fast"
 
@@ -41,7 +41,7 @@ def choose(operator: str, x: Tensor) -> Path:
     if _forced is not None:
         return _forced
     if not x.is_cuda:
-        return Path.TORCH
+        return Path.CPU
     if triton is None:
         raise RuntimeError(f"{operator} on {x.device} needs Triton, which is not installed: pip install triton")
     return Path.TRITON
@@ -53,7 +53,7 @@ def explain(operator: str, x: Tensor) -> str:
     why = {
         Path.FAST: f"chosen by setting, not aligned: {FAST_FORMS.get(operator)}",
         Path.TRITON: "forced by a test" if _forced else f"{x.device} is a GPU",
-        Path.TORCH: "forced by a test" if _forced else f"{x.device} has no Triton",
+        Path.CPU: "forced by a test" if _forced else f"{x.device} has no Triton",
     }
     return f"{operator}: {path} ({why[path]})"
 

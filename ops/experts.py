@@ -46,7 +46,7 @@ class _ExpertRows:
     counts: list[int]  # [E] rows of each group
 
 
-def _torch_experts(
+def _cpu_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool
 ) -> Tensor:
     rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
@@ -403,7 +403,7 @@ def experts(
     rounded: both matrices hold numbers of `dtype` already, as in `linear`.
     """
     if choose("experts", x) is not Path.TRITON:
-        return _torch_experts(x, gate_up, down, ids, weights, dtype, rounded)
+        return _cpu_experts(x, gate_up, down, ids, weights, dtype, rounded)
     plan = _plan(ids, gate_up.shape[0])
     hidden = swiglu(apply(_GroupedLinear, x, gate_up, plan, True, dtype))
     y: Tensor = apply(_SumSlots, apply(_GroupedLinear, hidden, down, plan, False, dtype), weights, plan)

@@ -81,7 +81,7 @@ def quantize_reference(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 # The CPU path: the same values and scales; products of e4m3 values are exact in FP32, sums run group by group.
 
 
-def _torch_quantize(x: Tensor, block: int, floor: float = FLOOR) -> Quantized:
+def _cpu_quantize(x: Tensor, block: int, floor: float = FLOOR) -> Quantized:
     rows, columns = x.shape
     padded = F.pad(x.float(), (0, -columns % GROUP, 0, -rows % block))
     groups = padded.view(padded.shape[0] // block, block, padded.shape[1] // GROUP, GROUP)
@@ -90,7 +90,7 @@ def _torch_quantize(x: Tensor, block: int, floor: float = FLOOR) -> Quantized:
     return Quantized(values.view(padded.shape)[:rows].contiguous(), scale)
 
 
-def _torch_matmul(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
+def _cpu_matmul(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     rows, columns = a.values.shape[0], b.values.shape[0]
     scale = b.scale if len(b.scale) == columns else b.scale.repeat_interleave(GROUP, 0)[:columns]
     total = torch.zeros(rows, columns)
@@ -280,13 +280,13 @@ def _quantize(
         return _triton_quantize(x, producer, weight, row_scale, by_rows, transposed)
     # SwiGLU rounds to the dtype of gate_up when it stands alone; here, as in the kernel, it stays in FP32.
     x = _produce(x.float(), producer, norm_weight, eps)
-    plain = _torch_quantize(x, 1) if by_rows else None
-    return plain, (_torch_quantize(x.t().contiguous(), 1) if transposed else None)
+    plain = _cpu_quantize(x, 1) if by_rows else None
+    return plain, (_cpu_quantize(x.t().contiguous(), 1) if transposed else None)
 
 
 def _matmul(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     triton_path = choose("fp8", a.values) is Path.TRITON
-    return _triton_matmul(a, b, dtype) if triton_path else _torch_matmul(a, b, dtype)
+    return _triton_matmul(a, b, dtype) if triton_path else _cpu_matmul(a, b, dtype)
 
 
 def quantize_rows(x: Tensor) -> Quantized:
@@ -317,8 +317,8 @@ def quantize_weight(weight: Tensor, for_training: bool = False, floor: float = F
     """
     weight, (rows, columns) = aligned(weight.detach()), weight.shape
     if choose("fp8", weight) is not Path.TRITON:
-        plain = _torch_quantize(weight, GROUP, floor)
-        turned = _torch_quantize(weight.t().contiguous(), GROUP, floor) if for_training else None
+        plain = _cpu_quantize(weight, GROUP, floor)
+        turned = _cpu_quantize(weight.t().contiguous(), GROUP, floor) if for_training else None
         return Fp8Weight(plain, turned, (rows, columns))
     tiles, groups = divide_up(rows, GROUP), divide_up(columns, GROUP)
     plain = Quantized(like(weight, rows, groups * GROUP, dtype=E4M3), like(weight, tiles, groups))

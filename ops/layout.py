@@ -114,6 +114,11 @@ class ChunkLayout:
         return begins
 
     @cached_property
+    def keys_seen(self) -> int:
+        """Pairs of a new token and a token of its sequence up to it."""
+        return int((self.position_ids + 1).sum())
+
+    @cached_property
     def token_chunk(self) -> np.ndarray:
         """[T] chunk index of each token inside its sequence, from position 0."""
         return self.position_ids.cpu().numpy() // self.chunk_size

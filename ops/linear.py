@@ -118,24 +118,23 @@ class _Linear(torch.autograd.Function):
             operand, matrix = aligned(operand), aligned(weight.to(dtype))
             y = multiply(operand, matrix, precision)
         else:
-            multiplied = product_dtype(precision)
-            matrix = (weight if rounded else weight.to(dtype)).to(multiplied)
-            operand, matrix = _padded(operand.to(multiplied), matrix)
-            y = F.linear(operand, matrix)[: x.shape[0]].to(precision)
+            matrix, multiplied = weight if rounded else weight.to(dtype), product_dtype(precision)
+            y = row_invariant_matmul(operand.to(multiplied), matrix.to(multiplied)).to(precision)
         ctx.save_for_backward(operand, matrix)
-        ctx.dtypes, ctx.shape = (x.dtype, weight.dtype), x.shape
+        ctx.dtypes = x.dtype, weight.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
+        backward = _triton_backward if ctx.path is Path.TRITON else _cpu_backward
         operand, matrix = ctx.saved_tensors
         return *backward(ctx, operand, matrix, grad.to(operand.dtype)), None, None, None
 
 
-def _torch_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    (x_dtype, weight_dtype), (rows, inner) = ctx.dtypes, ctx.shape
-    grad = F.pad(grad, (0, 0, 0, operand.shape[0] - rows))
+def _cpu_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    (x_dtype, weight_dtype), (rows, inner), multiplied = ctx.dtypes, operand.shape, product_dtype(operand.dtype)
+    operand, matrix = _padded(operand.to(multiplied), matrix.to(multiplied))
+    grad = F.pad(grad.to(multiplied), (0, 0, 0, operand.shape[0] - rows))
     grad_x = (grad @ matrix)[:rows, :inner].to(x_dtype) if ctx.needs_input_grad[0] else None
     grad_weight = (grad.t() @ operand)[:, :inner].to(weight_dtype) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight
@@ -152,17 +151,16 @@ def _triton_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) ->
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype, rounded: bool) -> Tensor:
-        multiplied = product_dtype(dtype)
-        operand, matrices = x.to(dtype).to(multiplied), (weight if rounded else weight.to(dtype)).to(multiplied)
+        operand, matrices = x.to(dtype), weight if rounded else weight.to(dtype)
         ctx.save_for_backward(operand, matrices)
-        ctx.counts, ctx.dtypes = counts, (x.dtype, weight.dtype)
-        groups = zip(operand.split(counts), matrices.unbind(0), strict=True)
+        ctx.counts, ctx.dtypes, multiplied = counts, (x.dtype, weight.dtype), product_dtype(dtype)
+        groups = zip(operand.to(multiplied).split(counts), matrices.to(multiplied).unbind(0), strict=True)
         return torch.cat([row_invariant_matmul(rows, matrix) for rows, matrix in groups if len(rows)]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        operand, matrices = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
+        operand, matrices = (saved.to(product_dtype(saved.dtype)) for saved in ctx.saved_tensors)
         grad = grad.to(operand.dtype)
         grad_x, grad_weight = torch.empty_like(operand), torch.empty_like(matrices)
         groups = zip(*(x.split(ctx.counts) for x in (grad, operand, grad_x)), strict=True)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ZERO, compiled, f32, fma, plain, share
+from ops.compiled import ZERO, add_weighted, compiled, f32, fma, plain, share
 from ops.dispatch import Path, choose
 from ops.jit import ALIGNMENT, aligned, jit, launch, like, tl, triton_dtype
 from ops.layout import ChunkLayout
@@ -97,29 +97,14 @@ def _score_keys(query, keys, count, scores):
 
 
 @compiled
-def _weigh_rows(weights, rows, count, out):
-    """out [d'] = the first `count` weights times rows [count, d'], summed in order."""
-    out[:] = ZERO
-    whole = count - count % 4
-    for j in range(0, whole, 4):
-        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-        r0, r1, r2, r3 = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
-        for e in range(out.shape[0]):
-            out[e] = fma(w3, r3[e], fma(w2, r2[e], fma(w1, r1[e], fma(w0, r0[e], out[e]))))
-    for j in range(whole, count):
-        w, row = weights[j], rows[j]
-        for e in range(out.shape[0]):
-            out[e] = fma(w, row[e], out[e])
-
-
-@compiled
 def _advance_state(state, keys, values, key_decay, chunk_decay, weights, update):
     """The state [d, d] behind a full chunk."""
     chunk = values.shape[0]
     for d in range(state.shape[0]):
         for j in range(chunk):
             weights[j] = keys[d, j] * key_decay[j, 0]
-        _weigh_rows(weights, values, chunk, update)
+        update[:] = ZERO
+        add_weighted(weights, values, chunk, update)
         for e in range(update.shape[0]):
             state[d, e] = fma(state[d, e], chunk_decay, update[e])
 
@@ -150,15 +135,17 @@ def _cpu_lightning_kernel(
             _score_keys(query, keys, row + 1, scores)
             for j in range(row + 1):
                 scores[j] *= tile_decay[head, row, j]
-            _weigh_rows(scores, values, row + 1, inside)
-            _weigh_rows(query, state, dim, across)
+            inside[:] = ZERO
+            add_weighted(scores, values, row + 1, inside)
+            across[:] = ZERO
+            add_weighted(query, state, dim, across)
             for d in range(dim):
                 out[token, head, d] = fma(across[d], query_decay[head, row, 0], inside[d])
             if row == chunk - 1:
                 _advance_state(state, keys, values, key_decay[head], chunk_decay[head, 0, 0], scores, inside)
 
 
-def _torch_attend(
+def _cpu_attend(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache, previous: Tensor
 ) -> Tensor:
     """FP32 [T, H, d]; the cache takes in the new tokens."""
@@ -173,7 +160,7 @@ def _torch_attend(
     return out
 
 
-def _torch_forward(
+def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what backward needs: the tokens and the states before their tiles."""
@@ -181,10 +168,10 @@ def _torch_forward(
     state, open_chunk = torch.zeros(sequences, heads, dim, dim), torch.empty(2, sequences, heads, chunk, dim)
     cache = LightningCache(state, open_chunk[0], open_chunk[1], torch.arange(sequences))
     previous = torch.empty(layout.num_tiles, heads, dim, dim)
-    return _torch_attend(q, k, v, decay, layout, cache, previous), (q, k, v, previous)
+    return _cpu_attend(q, k, v, decay, layout, cache, previous), (q, k, v, previous)
 
 
-def _torch_backward(
+def _cpu_backward(
     saved: tuple[Tensor, ...], grad: Tensor, decay: DecayTables, layout: ChunkLayout
 ) -> tuple[Tensor, Tensor, Tensor]:
     *tokens, previous = saved
@@ -578,7 +565,7 @@ def _triton_recurrence(
     return out
 
 
-def _torch_recurrence(
+def _cpu_recurrence(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache
 ) -> Tensor:
     """All sequences step by step together."""
@@ -600,7 +587,7 @@ class _Lightning(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout) -> Tensor:
         ctx.path = choose("lightning_attention_training", q)  # a name of its own: only the cached form has a fast one
-        forward = _triton_forward if ctx.path is Path.TRITON else _torch_forward
+        forward = _triton_forward if ctx.path is Path.TRITON else _cpu_forward
         o, saved = forward(q, k, v, decay, layout)
         ctx.save_for_backward(*saved)
         ctx.decay, ctx.layout, ctx.dtypes = decay, layout, (q.dtype, k.dtype, v.dtype)
@@ -608,7 +595,7 @@ class _Lightning(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
+        backward = _triton_backward if ctx.path is Path.TRITON else _cpu_backward
         gradients = backward(ctx.saved_tensors, grad, ctx.decay, ctx.layout)
         dq, dk, dv = (x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dq, dk, dv, None, None
@@ -626,8 +613,8 @@ def lightning_attention(
         return o
     path = choose("lightning_attention", q)
     if path is Path.FAST:
-        recurrence = _triton_recurrence if choose("lightning_recurrence", q) is Path.TRITON else _torch_recurrence
+        recurrence = _triton_recurrence if choose("lightning_recurrence", q) is Path.TRITON else _cpu_recurrence
         return recurrence(q, k, v, decay, layout, cache)
     if path is Path.TRITON:
         return _triton_cached(q, k, v, decay, layout, cache)
-    return _torch_attend(q, k, v, decay, layout, cache, cache.state.new_empty(0, *cache.state.shape[1:]))
+    return _cpu_attend(q, k, v, decay, layout, cache, cache.state.new_empty(0, *cache.state.shape[1:]))

@@ -94,7 +94,7 @@ def _inside(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
     return local.clamp(0, width - 1).unsqueeze(1), (local >= 0) & (local < width)
 
 
-def _torch_forward(
+def _cpu_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = weight.to(dtype).float()
@@ -104,7 +104,7 @@ def _torch_forward(
     return chosen, log_sum, entropy
 
 
-def _torch_backward(
+def _cpu_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, log_sum: Tensor, grad: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -158,7 +158,7 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.path, ctx.dtype = choose("log_probs", hidden), dtype
         hidden, targets, temperature = aligned(hidden), aligned(targets), aligned(temperature)
-        forward = _triton_forward if ctx.path is Path.TRITON else _torch_forward
+        forward = _triton_forward if ctx.path is Path.TRITON else _cpu_forward
         chosen, log_sum, entropy = forward(hidden, weight, targets, temperature, dtype)
         ctx.save_for_backward(hidden, weight, targets, temperature, log_sum)
         ctx.mark_non_differentiable(entropy)
@@ -167,7 +167,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, targets, temperature, log_sum = ctx.saved_tensors
-        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
+        backward = _triton_backward if ctx.path is Path.TRITON else _cpu_backward
         grad_hidden, grad_head = backward(hidden, weight, targets, temperature, log_sum, aligned(grad), ctx.dtype)
         return grad_hidden, grad_head.to(weight.dtype), None, None, None
 

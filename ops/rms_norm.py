@@ -72,7 +72,7 @@ def _cpu_norm_kernel(begin, end, x, delta, weight, gate, eps, total, y, scale):
                 target[i] *= sigmoid_of(gates[i])
 
 
-def _torch_forward(
+def _cpu_forward(
     x: Tensor, delta: Tensor | None, weight: Tensor, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, its norm, and the scale of each row [..., R, 1]."""
@@ -215,7 +215,7 @@ class _RMSNorm(torch.autograd.Function):
             x, weight = x.float(), weight.float()
         x, weight = aligned(x), aligned(weight)
         delta, gate = None if delta is None else aligned(delta), None if gate is None else aligned(gate)
-        forward = _triton_forward if ctx.path is Path.TRITON else _torch_forward
+        forward = _triton_forward if ctx.path is Path.TRITON else _cpu_forward
         total, y, scale = forward(x, delta, weight, gate, eps)
         ctx.save_for_backward(total, weight, gate, scale)
         ctx.set_materialize_grads(False)

@@ -63,7 +63,7 @@ def qk_norm_rope_reference(
 
 
 @compiled
-def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, v, scale):
+def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, scale):
     """Items are tokens; weight [H + K, d] may have no rows."""
     heads, kv_heads, dim, half = q.shape[1], k.shape[1], q.shape[2], table.shape[2]
     lanes, normed = np.empty(8, f32), np.empty(dim, f32)
@@ -86,7 +86,6 @@ def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, v, scal
             for d in range(half):
                 turned[d] = second[d] * cos[d] + normed[d] * sin[d]
             y[2 * half :] = normed[2 * half :]
-        v[token] = qkv[token, heads + kv_heads :]
 
 
 def _turn_back(grad: Tensor, table: Tensor, position_ids: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ def _turn_back(grad: Tensor, table: Tensor, position_ids: Tensor) -> Tensor:
     return y
 
 
-class _TorchQKNormRope(torch.autograd.Function):
+class _CpuQKNormRope(torch.autograd.Function):
     """qkv [T, H + 2K, d], weight [H + K, d] or None."""
 
     @staticmethod
@@ -108,23 +107,22 @@ class _TorchQKNormRope(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         (tokens, all_heads, dim), x = qkv.shape, plain(qkv)
         kv_heads = (all_heads - heads) // 2
-        q, k, v = (x.new_empty(tokens, count, dim) for count in (heads, kv_heads, kv_heads))
+        q, k = x.new_empty(tokens, heads, dim), x.new_empty(tokens, kv_heads, dim)
         scale, factors = x.new_empty(tokens, heads + kv_heads), x.new_empty(0, dim) if weight is None else plain(weight)
-        share(_cpu_kernel, tokens, 12 * x.numel(), x, factors, table, position_ids, f32(eps), q, k, v, scale)
-        ctx.save_for_backward(x, weight, table, position_ids, scale)
-        ctx.dtype = qkv.dtype
-        return q, k, v
+        share(_cpu_kernel, tokens, 12 * x.numel(), x, factors, table, position_ids, f32(eps), q, k, scale)
+        ctx.save_for_backward(qkv, weight, table, position_ids, scale)
+        return q, k, qkv[:, heads + kv_heads :].clone()
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, table, position_ids, scale = ctx.saved_tensors
+        qkv, weight, table, position_ids, scale = ctx.saved_tensors
         grad, grad_weight = _turn_back(torch.cat([grad_q, grad_k], dim=1), table, position_ids), None
         if weight is not None:
             grad, grad_weight, _ = norm_backward(
-                x[:, : grad.shape[1]], weight.float(), None, scale.unsqueeze(-1), grad, None
+                qkv[:, : grad.shape[1]].float(), weight.float(), None, scale.unsqueeze(-1), grad, None
             )
             grad_weight = grad_weight.to(weight.dtype)
-        return torch.cat([grad, grad_v], dim=1).to(ctx.dtype), grad_weight, None, None, None, None
+        return torch.cat([grad, grad_v], dim=1).to(qkv.dtype), grad_weight, None, None, None, None
 
 
 # The Triton path: a program takes BLOCK_T tokens of one head. Each value is loaded twice, once as itself and once as
@@ -273,12 +271,13 @@ def qk_norm_rope(
     """qkv [T, H + 2K, d], q_weight and k_weight [d] (None: no norm), table from `rope_table`, position_ids int64 [T]
     -> q [T, H, d], k and v [T, K, d].
 
-    They come in FP32 on the CPU path, in the dtype of qkv on the Triton path, as attention multiplies.
+    v comes in the dtype of qkv; so do q and k on the Triton path, where attention multiplies in it, but on the CPU path
+    in FP32.
     """
     kv_heads = (qkv.shape[1] - heads) // 2
     weight = None
     if q_weight is not None and k_weight is not None:
         weight = torch.cat([q_weight.expand(heads, -1), k_weight.expand(kv_heads, -1)])
-    function = _QKNormRope if choose("qk_norm_rope", qkv) is Path.TRITON else _TorchQKNormRope
+    function = _QKNormRope if choose("qk_norm_rope", qkv) is Path.TRITON else _CpuQKNormRope
     q, k, v = apply(function, qkv, weight, heads, table, position_ids, eps)
     return q, k, v

@@ -81,7 +81,7 @@ class _Softmax(torch.autograd.Function):
         return (grad - (grad * p).sum(-1, keepdim=True)).mul_(p)
 
 
-def _torch_route(
+def _cpu_route(
     logits: Tensor,
     bias: Tensor | None,
     top_k: int,
@@ -91,7 +91,7 @@ def _torch_route(
     scoring: Scoring,
     renormalize: bool,
 ) -> tuple[Tensor, Tensor]:
-    scores = _torch_scores(logits, scoring)
+    scores = _cpu_scores(logits, scoring)
     with torch.no_grad():
         biased = (scores if bias is None else scores + bias).unflatten(-1, (num_groups, -1))
         best_two = biased.sort(dim=-1, descending=True).values[..., :2].sum(-1)
@@ -99,15 +99,15 @@ def _torch_route(
         mask = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
         candidates = biased.masked_fill(mask.unsqueeze(-1), float("-inf")).flatten(1)
         ids = _top(candidates, top_k).sort(dim=-1).values
-    return ids, _torch_weights(scores, ids, scale, renormalize)
+    return ids, _cpu_weights(scores, ids, scale, renormalize)
 
 
-def _torch_weights(scores: Tensor, ids: Tensor, scale: float, renormalize: bool) -> Tensor:
+def _cpu_weights(scores: Tensor, ids: Tensor, scale: float, renormalize: bool) -> Tensor:
     chosen = scores.gather(1, ids)
     return (chosen / (chosen.sum(-1, keepdim=True) + FLOOR) if renormalize else chosen) * scale
 
 
-def _torch_scores(logits: Tensor, scoring: Scoring) -> Tensor:
+def _cpu_scores(logits: Tensor, scoring: Scoring) -> Tensor:
     scores: Tensor = apply(_Sigmoid, logits) if scoring == "sigmoid" else apply(_Softmax, logits)
     return scores
 
@@ -320,7 +320,7 @@ def route(
             _Route, logits, bias, top_k, num_groups, top_groups, scale, scoring == "softmax", renormalize
         )
         return ids, weights
-    return _torch_route(logits, bias, top_k, num_groups, top_groups, scale, scoring, renormalize)
+    return _cpu_route(logits, bias, top_k, num_groups, top_groups, scale, scoring, renormalize)
 
 
 def expert_weights(
@@ -333,4 +333,4 @@ def expert_weights(
     if choose("route", logits) is Path.TRITON:
         weights: Tensor = apply(_Weights, logits, ids, scale, scoring == "softmax", renormalize)
         return weights
-    return _torch_weights(_torch_scores(logits, scoring), ids, scale, renormalize)
+    return _cpu_weights(_cpu_scores(logits, scoring), ids, scale, renormalize)

@@ -94,7 +94,7 @@ def _cpu_draw_kernel(begin, end, probabilities, uniform, tokens, mass):
         tokens[row], mass[row] = token, total
 
 
-def _torch_draw(
+def _cpu_draw(
     rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
 ) -> tuple[Tensor, Tensor]:
     """rows: log-probs FP32 [B, V] -> tokens int64 [B] and their processed log-probs."""
@@ -285,7 +285,7 @@ def sample(
     top-p) measure each on what the one before has left, which is another set where top_p comes after another limit.
     """
     rows = full_log_probs(hidden, weight, torch.where(temperature == 0, 1.0, temperature), dtype)
-    draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _torch_draw
+    draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _cpu_draw
     allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
     tokens, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
     inside = tokens.clamp(0, rows.shape[1] - 1)  # a kernel that is compiled and not run leaves tokens undefined

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ZERO, compiled, exp, f32, fma, largest, plain, share, sum_lanes
+from ops.compiled import ZERO, add_weighted, compiled, exp, f32, fma, largest, plain, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
 from ops.layout import ChunkLayout
@@ -109,21 +109,6 @@ def _exponentiate(row, count, segment, lanes):
 
 
 @compiled
-def _add_values(weights, values, count, out):
-    """out [d] += weights of the first `count` keys of a block times values [C, d], in order."""
-    whole = count - count % 4
-    for j in range(0, whole, 4):
-        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-        v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-        for d in range(out.shape[0]):
-            out[d] = fma(w3, v3[d], fma(w2, v2[d], fma(w1, v1[d], fma(w0, v0[d], out[d]))))
-    for j in range(whole, count):
-        w0, v0 = weights[j], values[j]
-        for d in range(out.shape[0]):
-            out[d] = fma(w0, v0[d], out[d])
-
-
-@compiled
 def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, sums):
     """Weighted values of `rows` rows, unnormalised, into sums [rows, d]; row r sees keys_seen[r], the last one most."""
     chunk = values.shape[2]
@@ -137,7 +122,7 @@ def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, su
             for r in range(rows):
                 count = min(chunk, keys_seen[r] - b * chunk)
                 if count > 0:
-                    _add_values(scores[r, b * chunk :], block, count, part[r])
+                    add_weighted(scores[r, b * chunk :], block, count, part[r])
         for r in range(rows):
             for d in range(part.shape[1]):
                 sums[r, d] += part[r, d]
@@ -193,7 +178,7 @@ def _transposed(keys: Tensor) -> Tensor:
     return keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2])
 
 
-def _torch_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> tuple[Tensor, Tensor]:
+def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> tuple[Tensor, Tensor]:
     """Takes in the new keys and values; outputs FP32 [T, H, d] and log-sum-exps [T, H]."""
     assert cache.key.dtype == cache.value.dtype == torch.float32, "the CPU path multiplies in FP32"
     table = layout.planned("blocks", cache.block_table, lambda: torch.as_tensor(cache.block_table).numpy())
@@ -202,7 +187,7 @@ def _torch_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: P
     keys, (tokens, heads, dim) = _transposed(cache.key), q.shape
     share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, blocks, layout.token_row, keys, cache.value)
     out, log_sum = torch.empty_like(q), q.new_empty(tokens, heads)
-    operations = 4 * heads * dim * int((layout.position_ids + 1).sum())
+    operations = 4 * heads * dim * layout.keys_seen
     share(
         _cpu_attention_kernel, layout.num_tiles * k.shape[1], operations, q, keys, cache.value, table,
         layout.tile_sequence, layout.tile_chunk, layout.begins, layout.starts, layout.lengths, f32(dim**-0.5),
@@ -211,15 +196,15 @@ def _torch_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: P
     return out, log_sum
 
 
-def _torch_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what the backward pass needs. The sequence's own tiles are its key blocks."""
     keys, values = torch.zeros(2, layout.num_tiles, k.shape[1], layout.chunk_size, k.shape[2]).unbind(0)
     own = PagedCache(keys, values, layout.sequence_tiles)
-    out, log_sum = _torch_attend(q, k, v, layout, own)
+    out, log_sum = _cpu_attend(q, k, v, layout, own)
     return out, (q, _transposed(own.key).transpose(2, 3), own.value, out, log_sum)
 
 
-def _torch_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
+def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
     q, k, v, out, log_sum = saved
     q, grad, out = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, grad, out))
     log_sum = layout.into_tiles(log_sum.unsqueeze(-1))
@@ -635,22 +620,19 @@ def _triton_cached(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: 
     return o
 
 
-# The fast form: torch's own attention, whose sums follow the batch. Keys lie as on a GPU.
+# The fast form: torch's own attention, whose sums follow the batch.
 
 
 def _write_new_keys(k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> None:
-    places = layout.planned(("places", k.shape[1]), cache.block_table, partial(_places, k, layout, cache))
-    for new, pool in ((k, cache.key), (v, cache.value)):
-        pool.view(-1, pool.shape[3]).index_copy_(0, places, new.to(pool.dtype).reshape(-1, pool.shape[3]))
-
-
-def _places(k: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
-    """int64 [T * K]: where the new keys go among the rows of a pool."""
-    sequence = torch.from_numpy(np.repeat(np.arange(len(layout.lengths)), layout.lengths)).to(k.device)
+    table = torch.as_tensor(cache.block_table, device=k.device)
     block, row = layout.position_ids // layout.chunk_size, layout.position_ids % layout.chunk_size
-    places = torch.as_tensor(cache.block_table, device=k.device)[sequence, block]
-    heads = places.unsqueeze(1) * k.shape[1] + torch.arange(k.shape[1], device=k.device)
-    return (heads * layout.chunk_size + row.unsqueeze(1)).flatten()
+    places = table[torch.from_numpy(layout.token_sequence).to(k.device), block]
+    _key_blocks(cache)[places, :, row], cache.value[places, :, row] = k.to(cache.key.dtype), v.to(cache.value.dtype)
+
+
+def _key_blocks(cache: PagedCache) -> Tensor:
+    """[blocks, K, C, d], however they lie."""
+    return cache.key if cache.key.is_cuda else _transposed(cache.key).transpose(2, 3)
 
 
 def _fast(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache | None) -> Tensor:
@@ -666,7 +648,7 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCach
 def _fast_decode(q: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
     """All sequences at once, padded to the longest; the heads of a group are rows of one matrix."""
     pages = torch.as_tensor(cache.block_table, device=q.device)[:, : int(layout.tile_chunk.max()) + 1]
-    keys, values = (pool[pages].transpose(1, 2).flatten(2, 3).to(q.dtype) for pool in (cache.key, cache.value))
+    keys, values = (pool[pages].transpose(1, 2).flatten(2, 3).to(q.dtype) for pool in (_key_blocks(cache), cache.value))
     seen = torch.arange(keys.shape[2], device=q.device) <= layout.position_ids[:, None]
     groups = q.unflatten(1, (keys.shape[1], -1))
     return F.scaled_dot_product_attention(groups, keys, values, attn_mask=seen[:, None, None]).flatten(1, 2)
@@ -678,7 +660,9 @@ def _fast_prefill(q: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
     for s, queries in enumerate(q.split(layout.lengths.tolist())):
         end = int(layout.starts[s] + layout.lengths[s])
         pages = table[s, : -(-end // layout.chunk_size)]
-        keys, values = (pool[pages].transpose(0, 1).flatten(1, 2).to(q.dtype) for pool in (cache.key, cache.value))
+        keys, values = (
+            pool[pages].transpose(0, 1).flatten(1, 2).to(q.dtype) for pool in (_key_blocks(cache), cache.value)
+        )
         seen = torch.arange(keys.shape[1], device=q.device) <= positions[s][:, None]
         queries, keys, values = queries.transpose(0, 1)[None], keys[None], values[None]
         outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=True)[0])
@@ -690,14 +674,14 @@ class _SoftmaxAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, path: Path) -> Tensor:
-        o, saved = (_triton_forward if path is Path.TRITON else _torch_forward)(q, k, v, layout)
+        o, saved = (_triton_forward if path is Path.TRITON else _cpu_forward)(q, k, v, layout)
         ctx.save_for_backward(*saved)
         ctx.layout, ctx.path, ctx.dtypes = layout, path, (q.dtype, k.dtype, v.dtype)
         return o
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _triton_backward if ctx.path is Path.TRITON else _torch_backward
+        backward = _triton_backward if ctx.path is Path.TRITON else _cpu_backward
         grads = backward(grad, ctx.saved_tensors, ctx.layout)
         return *(x.to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)), None, None
 
@@ -710,6 +694,6 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cach
     if cache is not None:
         if path is Path.TRITON:
             return _triton_cached(q, k, v, layout, cache)
-        return _torch_attend(q, k, v, layout, cache)[0]
+        return _cpu_attend(q, k, v, layout, cache)[0]
     o: Tensor = apply(_SoftmaxAttention, q, k, v, layout, path)
     return o

@@ -34,14 +34,14 @@ def _cpu_kernel(begin, end, gate_up, y):
             target[i] = sigmoid_of(gates[i]) * gates[i] * ups[i]
 
 
-def _torch_forward(gate_up: Tensor) -> Tensor:
+def _cpu_forward(gate_up: Tensor) -> Tensor:
     rows = plain(gate_up).view(-1, gate_up.shape[-1])
     y = rows.new_empty(len(rows), rows.shape[1] // 2)
     share(_cpu_kernel, len(rows), 20 * y.numel(), rows, y)
     return y.view(*gate_up.shape[:-1], -1).to(gate_up.dtype)
 
 
-def _torch_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
+def _cpu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:
     gate, up = (half.float() for half in gate_up.chunk(2, dim=-1))
     s, grad, half = sigmoid(gate), grad.float(), gate.shape[-1]
     silu = gate * s
@@ -113,12 +113,12 @@ class _SwiGLU(torch.autograd.Function):
         ctx.path = choose("swiglu", gate_up)
         gate_up = aligned(gate_up) if ctx.path is Path.TRITON else gate_up
         ctx.save_for_backward(gate_up)
-        return _triton_forward(gate_up) if ctx.path is Path.TRITON else _torch_forward(gate_up)
+        return _triton_forward(gate_up) if ctx.path is Path.TRITON else _cpu_forward(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        return _triton_backward(gate_up, grad) if ctx.path is Path.TRITON else _torch_backward(gate_up, grad)
+        return _triton_backward(gate_up, grad) if ctx.path is Path.TRITON else _cpu_backward(gate_up, grad)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

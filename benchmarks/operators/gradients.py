@@ -25,7 +25,7 @@ def _clip_inputs(device: torch.device) -> tuple[object, ...]:
     return _tensors(device), 1.0, torch.tensor([2.0]).to(device)[0]
 
 
-def _torch_norm() -> Callable[..., object]:
+def _cpu_norm() -> Callable[..., object]:
     return lambda tensors: torch.nn.utils.get_total_norm(tensors, foreach=True)
 
 
@@ -35,7 +35,7 @@ def _linghe() -> Callable[..., object]:
     return triton_batch_norm
 
 
-def _torch_clip() -> Callable[..., object]:
+def _cpu_clip() -> Callable[..., object]:
     def run(tensors: list[Tensor], max_norm: float, norm: Tensor) -> None:
         torch._foreach_mul_(tensors, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
@@ -45,10 +45,10 @@ def _torch_clip() -> Callable[..., object]:
 CASES = [
     Case(
         "gradients", "norm", f"{len(SHAPES)} tensors, {NUMBERS / 1e6:.0f}M", _norm_inputs, gradient_norm,
-        bytes=4.0 * NUMBERS, dtype="float32", peers={"torch": _torch_norm, "linghe": _linghe},
+        bytes=4.0 * NUMBERS, dtype="float32", peers={"torch": _cpu_norm, "linghe": _linghe},
     ),
     Case(
         "gradients", "clip", f"{len(SHAPES)} tensors, {NUMBERS / 1e6:.0f}M", _clip_inputs, clip_gradients,
-        bytes=8.0 * NUMBERS, dtype="float32", peers={"torch": _torch_clip},
+        bytes=8.0 * NUMBERS, dtype="float32", peers={"torch": _cpu_clip},
     ),
 ]  # fmt: skip

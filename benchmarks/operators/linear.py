@@ -30,11 +30,11 @@ def _torch() -> Callable[..., object]:
     return F.linear
 
 
-def _torch_both() -> Callable[..., object]:
+def _cpu_both() -> Callable[..., object]:
     return backward(F.linear)
 
 
-def _torch_fp32() -> Callable[..., object]:
+def _cpu_fp32() -> Callable[..., object]:
     return lambda x, weight: F.linear(x, weight.float())
 
 
@@ -42,7 +42,7 @@ def _case(name: str, run: Callable[..., object], rows: int, weight: tuple[int, i
     """Operands and result in BF16; products: 1 forward, 3 with backward."""
     width, inner = weight
     moved = 2.0 * (rows * inner + rows * width + width * inner)
-    peer = _torch if products == 1 else _torch_both
+    peer = _torch if products == 1 else _cpu_both
     return Case(
         "linear", name, f"T{rows} {width}x{inner}", _inputs(rows, width, inner, BF16, BF16), run,
         bytes=moved * products, flops=2.0 * products * rows * width * inner, peers={"torch": peer},
@@ -56,7 +56,7 @@ def _router(name: str, run: Callable[..., object], rows: int, products: int = 1)
     return Case(
         "linear", name, f"T{rows} {width}x{inner}", _inputs(rows, width, inner, torch.float32, BF16), run,
         bytes=moved * products, flops=6.0 * products * rows * width * inner,
-        peers={"torch": _torch_fp32} if products == 1 else {}, rows=rows_at(rows, 0) if products == 1 else None,
+        peers={"torch": _cpu_fp32} if products == 1 else {}, rows=rows_at(rows, 0) if products == 1 else None,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ MASTERS = Case(
 ALL_FP32 = Case(
     "linear", "all FP32, both", "T8192 2048x2048", _inputs(TRAINING, 2048, 2048, torch.float32, torch.float32),
     backward(partial(linear, dtype=torch.float32)), flops=6.0 * TRAINING * 2048 * 2048, dtype="float32",
-    peers={"torch": _torch_both},
+    peers={"torch": _cpu_both},
 )  # fmt: skip
 
 CASES = [

@@ -23,16 +23,16 @@ def _log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dty
     return log_probs(hidden, weight, targets, 1.0, dtype)[0]
 
 
-def _torch_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def _cpu_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return -F.cross_entropy(F.linear(hidden.to(weight.dtype), weight).float(), targets, reduction="none")
 
 
 def _torch() -> Callable[..., object]:
-    return _torch_log_probs
+    return _cpu_log_probs
 
 
-def _torch_both() -> Callable[..., object]:
-    return backward(_torch_log_probs)
+def _cpu_both() -> Callable[..., object]:
+    return backward(_cpu_log_probs)
 
 
 def _linghe() -> Callable[..., object]:
@@ -52,7 +52,7 @@ def _full_inputs(device: torch.device) -> tuple[object, ...]:
     return empty(16, D)(device), empty(V, D, dtype=BF16)(device), 1.0, BF16
 
 
-def _torch_full() -> Callable[..., object]:
+def _cpu_full() -> Callable[..., object]:
     return lambda hidden, weight, *_: torch.log_softmax(F.linear(hidden.to(weight.dtype), weight).float(), dim=-1)
 
 
@@ -63,7 +63,7 @@ CASES = [
     ),
     Case(
         "log_probs", "forward and backward", f"T{T} D{D} V{V}", _inputs(T, BF16), backward(_log_probs),
-        bytes=12.0 * T * D + 6.0 * V * D, flops=7 * PRODUCT, peers={"torch": _torch_both},
+        bytes=12.0 * T * D + 6.0 * V * D, flops=7 * PRODUCT, peers={"torch": _cpu_both},
     ),
     Case(
         "log_probs", "from FP32 masters, both", f"T{T} D{D} V{V}", _inputs(T, torch.float32), backward(_log_probs),
@@ -72,10 +72,10 @@ CASES = [
     Case(
         "log_probs", "all FP32, both", f"T256 D{D} V{V}", _inputs(256, torch.float32),
         backward(partial(_log_probs, dtype=torch.float32)), flops=4 * PRODUCT * 256 / T, dtype="float32",
-        peers={"torch": _torch_both},
+        peers={"torch": _cpu_both},
     ),
     Case(
         "log_probs", "full rows", f"T16 D{D} V{V}", _full_inputs, full_log_probs, bytes=2.0 * V * D + 4.0 * 16 * V,
-        flops=3 * PRODUCT * 16 / T, peers={"torch": _torch_full}, rows=rows_at(16, 0),
+        flops=3 * PRODUCT * 16 / T, peers={"torch": _cpu_full}, rows=rows_at(16, 0),
     ),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ def _torch() -> Callable[..., object]:
     return run
 
 
-def _torch_greedy() -> Callable[..., object]:
+def _cpu_greedy() -> Callable[..., object]:
     return lambda hidden, weight, *_: F.linear(hidden.to(weight.dtype), weight).argmax(dim=-1)
 
 
@@ -61,5 +61,5 @@ CASES = [
     _case("decode", 64, {"torch": _torch}),
     _case("decode", 1, {"torch": _torch}),
     _case("decode, top-p 0.95", 64, {"flashinfer": _flashinfer}, top_p=0.95),
-    _case("decode, greedy", 64, {"torch": _torch_greedy}, temperature=0.0),
+    _case("decode, greedy", 64, {"torch": _cpu_greedy}, temperature=0.0),
 ]

@@ -55,7 +55,7 @@ def _some_sequences(arguments: Arguments, which: slice) -> Arguments:
     return *qkv, ops.ChunkLayout.build(lengths, C, starts, layout.device), *pages
 
 
-def _torch_training() -> Callable[..., Tensor]:
+def _cpu_training() -> Callable[..., Tensor]:
     """Sequences of one length, so that they make a batch."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, layout: ops.ChunkLayout) -> Tensor:
@@ -83,7 +83,7 @@ def _dense(cache: ops.PagedCache, sequences: int) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-def _torch_cached() -> Callable[..., object]:
+def _cpu_cached() -> Callable[..., object]:
     from torch.nn.attention.bias import causal_lower_right
 
     def run(q: Tensor, k: Tensor, v: Tensor, layout: ops.ChunkLayout, cache: ops.PagedCache) -> object:
@@ -112,7 +112,7 @@ def _training(sequences: int) -> list[Case]:
     forward, both = ops.softmax_attention, backward(ops.softmax_attention)
     rows = Rows(sequences, _some_sequences, outputs=length) if sequences > 1 else None
     size = TOKENS * (QUERY_BYTES + KEY_BYTES)
-    theirs = {"torch": _torch_training, "flash_attn": _flash_training}
+    theirs = {"torch": _cpu_training, "flash_attn": _flash_training}
     theirs_both = {name: (lambda peer=peer: backward(peer())) for name, peer in theirs.items()}
     return [
         Case("softmax_attention", "forward", shape, inputs, forward, size, flops, peers=theirs, rows=rows),
@@ -129,7 +129,7 @@ def _cached(name: str, sequences: int, new: int, start: int) -> Case:
         _cached_inputs(sequences, new, start), ops.softmax_attention,
         bytes=sequences * (context * KEY_BYTES + new * (QUERY_BYTES + KEY_BYTES)),
         flops=sequences * 4 * H * D * new * (start + new / 2),
-        peers={"torch": _torch_cached, "flash_attn": _flash_cached},
+        peers={"torch": _cpu_cached, "flash_attn": _flash_cached},
         rows=Rows(sequences, _some_sequences, outputs=new) if sequences > 1 else None,
     )  # fmt: skip
 

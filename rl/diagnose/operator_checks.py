@@ -113,7 +113,7 @@ def _other_product(
     """Products whose sum over K was cut into parts, or whose kernel follows the number of rows."""
     if not found.operator.endswith((".linear", ".fp32_linear")) or not arguments:
         return None
-    x, weight, dtype = arguments
+    x, weight, dtype = arguments[:3]
     for name, what, product in _products(x, weight, dtype, wrong[0].dtype):
         mine = product().cpu()[-len(wrong[0]) :]
         if is_explained(found.max_abs, float((mine.double() - wrong[0].double()).abs().max())):

@@ -22,9 +22,9 @@ def _aligned_again() -> Iterator[None]:
 
 
 def test_the_device_decides() -> None:
-    assert choose("linear", CPU) is Path.TORCH
+    assert choose("linear", CPU) is Path.CPU
     assert choose("linear", GPU) is Path.TRITON
-    assert explain("linear", CPU) == "linear: torch (cpu has no Triton)"
+    assert explain("linear", CPU) == "linear: cpu (cpu has no Triton)"
     assert explain("linear", GPU) == "linear: triton (cuda:0 is a GPU)"
 
 
@@ -32,27 +32,27 @@ def test_a_gpu_without_triton_is_an_error_that_says_what_to_do(monkeypatch: pyte
     monkeypatch.setattr(dispatch, "triton", None)
     with pytest.raises(RuntimeError, match=r"^linear on cuda:0 needs Triton, .* pip install triton$"):
         choose("linear", GPU)
-    assert choose("linear", CPU) is Path.TORCH
+    assert choose("linear", CPU) is Path.CPU
 
 
 def test_a_test_forces_a_path_and_lets_go_of_it() -> None:
     with force(Path.TRITON):
         assert choose("swiglu", CPU) is Path.TRITON
-        with force(Path.TORCH):
-            assert explain("swiglu", GPU) == "swiglu: torch (forced by a test)"
+        with force(Path.CPU):
+            assert explain("swiglu", GPU) == "swiglu: cpu (forced by a test)"
         assert explain("swiglu", CPU) == "swiglu: triton (forced by a test)"
     with pytest.raises(KeyError), force(Path.TRITON):
         raise KeyError
-    assert choose("swiglu", CPU) is Path.TORCH
+    assert choose("swiglu", CPU) is Path.CPU
 
 
 def test_only_the_named_operators_are_fast() -> None:
     use_fast(["linear"])
     assert choose("linear", CPU) is choose("linear", GPU) is Path.FAST
-    assert choose("rms_norm", CPU) is Path.TORCH
+    assert choose("rms_norm", CPU) is Path.CPU
     assert explain("linear", GPU).startswith("linear: fast (chosen by setting, not aligned: stock matrix product")
     use_fast(["rms_norm"])
-    assert (choose("linear", CPU), choose("rms_norm", CPU)) == (Path.TORCH, Path.FAST)
+    assert (choose("linear", CPU), choose("rms_norm", CPU)) == (Path.CPU, Path.FAST)
 
 
 def test_a_setting_holds_under_a_forced_path() -> None:

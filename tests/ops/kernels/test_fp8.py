@@ -10,7 +10,7 @@ from tests.ops.kernels.harness import DEVICE, adversarial, assert_rows_alone
 
 
 def on_cpu(run, *arguments):
-    with force(Path.TORCH):
+    with force(Path.CPU):
         return run(*(x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments))
 
 

@@ -97,9 +97,9 @@ def test_draws_agree_with_the_cpu_path(seed: int, vocabulary: int, top_k: int) -
     top_k_of_rows = torch.tensor([0, top_k, 0, top_k])
     limits = torch.ones(4), torch.tensor([1.0, 0.3, 0.9, 1.0]), top_k_of_rows, torch.tensor([0.0, 0.0, 0.1, 0.2])
     tokens, processed = IMPLEMENTATION._triton_draw(rows.to(DEVICE), *(x.to(DEVICE) for x in (*limits, uniform)))
-    possible = [IMPLEMENTATION._torch_draw(rows, *limits, (uniform + e).clamp(0, 1))[0] for e in (-1e-6, 0.0, 1e-6)]
+    possible = [IMPLEMENTATION._cpu_draw(rows, *limits, (uniform + e).clamp(0, 1))[0] for e in (-1e-6, 0.0, 1e-6)]
     assert torch.stack([tokens.cpu() == expected for expected in possible]).any(0).all()
-    same, reference = IMPLEMENTATION._torch_draw(rows, *limits, uniform)
+    same, reference = IMPLEMENTATION._cpu_draw(rows, *limits, uniform)
     agree = tokens.cpu() == same
     # A sum in FP64 of FP32 terms, and a logarithm of at most 16 in FP32: a few units in its last place.
     torch.testing.assert_close(processed.cpu()[agree], reference[agree], rtol=0, atol=4 * 16 * 2**-24)
@@ -155,5 +155,5 @@ def test_recorded_log_prob_is_the_trainers(dtype: torch.dtype) -> None:
     assert torch.equal(rows.gather(1, tokens[:, None]).squeeze(1), log_probs)
     own = torch.where(temperature == 0, 1.0, temperature)
     assert torch.equal(ops.log_probs(hidden, weight, tokens, own, dtype)[0], log_probs)
-    with force(Path.TORCH):
+    with force(Path.CPU):
         assert not torch.equal(ops.full_log_probs(hidden, weight, own, dtype), rows)
