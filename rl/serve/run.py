@@ -5,6 +5,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import uvicorn
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from rl.serve.app import Server
 from rl.serve.prompts import Prompts
 from rl.serve.worker import EngineThread
 from rollout.config import RolloutConfig
+from rollout.request import Request, SamplingParams
 
 GRACE_SECONDS = 5
 
@@ -38,6 +40,8 @@ def open_server(settings: ServeSettings) -> Server:
         max_batch=settings.max_batch, memory_mb=settings.memory_mb, speculative_tokens=settings.speculative_tokens
     )
     engine, tokenizer = open_engine(folder, config)
+    # So that kernels are compiled, which may take half a minute on a new machine, before a client waits.
+    engine.generate([Request(0, np.zeros(1, dtype=np.int64), 1, SamplingParams(1), seed=0)])
     shape = engine.policy.config
     prompts = Prompts(folder, tokenizer, shape.vocab_size, shape.max_position_embeddings)
     name = settings.name or settings.policy.resolve().name
