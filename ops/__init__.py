@@ -28,7 +28,7 @@ from ops.rms_norm import (
     rms_norm_reference,
 )
 from ops.rope import qk_norm_rope, qk_norm_rope_reference, rope_reference, rope_table
-from ops.router import expert_weights, route, route_reference
+from ops.router import expert_weights, replayed_weights, route, route_reference
 from ops.sampling import addressed_uniform, most_likely, philox, sample, sample_reference
 from ops.softmax_attention import PagedCache, softmax_attention, softmax_attention_reference
 from ops.swiglu import swiglu, swiglu_reference
@@ -73,6 +73,7 @@ __all__ = [
     "qk_norm_rope_reference",
     "quantize_rows",
     "quantize_weight",
+    "replayed_weights",
     "rms_norm",
     "rms_norm_fp8_linear",
     "rms_norm_quantize",

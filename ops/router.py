@@ -8,7 +8,8 @@ The weights are made of unbiased scores. Ties go to the lowest index, and chosen
 neither the order of scores nor who else is in the batch moves a bit (design A2).
 
 `expert_weights` gives the weights of experts that were chosen elsewhere, with the bits that `route` would give them:
-routing replay (R3, 2510.11370), whose gradient reaches the router through the weights alone.
+routing replay (R3, 2510.11370), whose gradient reaches the router through the weights alone. `replayed_weights` puts
+weights that were recorded elsewhere in their place.
 
 Letters: T tokens, E experts in G groups of S, k experts per token.
 """
@@ -334,3 +335,25 @@ def expert_weights(
         weights: Tensor = apply(_Weights, logits, ids, scale, scoring == "softmax", renormalize)
         return weights
     return _cpu_weights(_cpu_scores(logits, scoring), ids, scale, renormalize)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of what was recorded, the gradient of what was computed: the straight-through estimator (1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, recorded: Tensor) -> Tensor:
+        return torch.where(recorded.isnan(), own, recorded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def replayed_weights(own: Tensor, recorded: Tensor) -> Tensor:
+    """FP32 [T, k] each -> the recorded weights, or own ones where the record is NaN; the gradient goes to `own`, whole.
+
+    With the experts of R3 (2510.11370), which keeps the trainer's weights, the engine's too. Where both are equal no
+    bit of value or gradient moves.
+    """
+    weights: Tensor = apply(_StraightThrough, own, recorded)
+    return weights

@@ -181,9 +181,11 @@ class MoE(nn.Module):
             c.score_function,
             c.norm_topk_prob,
         )
-        if routing is not None and (replayed := routing.meet(ids)) is not None:
-            ids = replayed
+        if routing is not None and (replayed := routing.meet(ids, weights)) is not None:
+            ids, recorded = replayed
             weights = ops.expert_weights(logits, ids, c.routed_scaling_factor, c.score_function, c.norm_topk_prob)
+            if recorded is not None:
+                weights = ops.replayed_weights(weights, recorded)
         routed = self._routed(x, ids, weights)
         return routed if self.shared_experts is None else routed + self.shared_experts(x).float()
 

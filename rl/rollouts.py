@@ -37,6 +37,7 @@ class Scored:
             rollout_log_probs=self.completion.log_probs,
             advantage=self.advantage,
             routed_experts=self.completion.routed_experts,
+            routed_weights=self.completion.routed_weights,
         )
 
 
@@ -56,22 +57,23 @@ def rollout_metrics(scored: Sequence[Scored], group_size: int) -> dict[str, floa
 
 
 def routing_metrics(
-    scored: Sequence[Scored], routed_experts: Sequence[np.ndarray | None], expected: bool
+    scored: Sequence[Scored], routed_experts: Sequence[np.ndarray | None], replay: str
 ) -> dict[str, float]:
     """How often the trainer's router chose the experts that the engine recorded.
 
-    routed_experts: the trainer's, as in `StepResult`; tokens without a record do not count. expected: by the recipe.
-    Raises ValueError where it expects records and the engine keeps none.
+    routed_experts: the trainer's, as in `StepResult`; tokens without a record do not count. replay: what the
+    recipe asks for. Raises ValueError where the engine keeps no record of it.
     """
     pairs = [
         (train, each.completion.routed_experts)
         for each, train in zip(scored, routed_experts, strict=True)
         if train is not None and each.completion.routed_experts is not None
     ]
-    if expected and len(pairs) < len(scored):
+    missing = sum(getattr(each.completion, f"routed_{replay}") is None for each in scored) if replay != "none" else 0
+    if missing:
         raise ValueError(
-            f"rollout.routing_replay = true: {len(scored) - len(pairs)} of {len(scored)} completions came without the "
-            "experts of their tokens, as this engine keeps no record of them; set rollout.routing_replay=false"
+            f"rollout.routing_replay = {replay}: {missing} of {len(scored)} completions came without the {replay} of "
+            "their tokens, as this engine keeps no record of them; set rollout.routing_replay=none"
         )
     known = [(rollout != UNKNOWN).all(axis=(1, 2)) for _, rollout in pairs]
     return expert_agreement(

@@ -49,10 +49,11 @@ class RolloutConfig(BaseModel):
         False, description="vLLM on a GPU that the trainer shares: leave its memory to the trainer between batches."
     )
     sglang: SglangConfig = SglangConfig()
-    routing_replay: bool = Field(
-        False,
+    routing_replay: Literal["none", "experts", "weights"] = Field(
+        "none",
         description="Engines record which experts each token is sent to, and the trainer's forward sends it to the "
-        "same; for mixtures whose trainer and engine do not agree in every bit.",
+        "same; with weights, also how much each of them counts. For mixtures whose trainer and engine do not agree in "
+        "every bit.",
     )
 
     @property

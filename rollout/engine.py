@@ -48,7 +48,7 @@ class Engine:
         self.policy, self.config, self.decode = policy, config, decode
         self.device, self.chunk_size = policy.device, policy.config.chunk_size
         self.budget = Budget.of(policy, config)
-        self.expert_log = ExpertLog(config.max_batch, policy.config) if config.routing_replay else None
+        self.expert_log = None if config.routing_replay == "none" else ExpertLog(policy.config, config)
         self._uses_graphs = policy.device.type == "cuda" and config.cuda_graphs and not self.expert_log
         self.pools = self.budget.allocate(policy, spare=int(self._uses_graphs))
         self._graphs = self._new_graphs()
@@ -222,7 +222,7 @@ class Engine:
         routing = Routing() if self.expert_log else None
         hidden: Tensor = self.policy(self._tensor(ids), layout, view, routing)
         if self.expert_log and routing:
-            self.expert_log.write(batch.slots, layout, routing.chosen())
+            self.expert_log.write(batch.slots, layout, routing)
         return hidden
 
     def _tensor(self, values: np.ndarray) -> Tensor:

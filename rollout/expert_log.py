@@ -1,51 +1,52 @@
-"""The experts that every token of the running samples was sent to, for the trainer to replay."""
+"""The routes that every token of the running samples took, for the trainer to replay."""
 
 import numpy as np
-from torch import Tensor
 
 from ops import ChunkLayout
 from policy.config import PolicyConfig
-from policy.routing import UNKNOWN
+from policy.routing import Routing
+from rollout.config import RolloutConfig
+from rollout.routes import RouteType
 
 
 class ExpertLog:
-    """One row for each slot and position; it grows with the longest sequence. Raises ValueError without mixtures."""
+    """One row of routes for each slot and position; it grows with the longest sequence. Raises ValueError without
+    mixtures."""
 
-    def __init__(self, slots: int, config: PolicyConfig) -> None:
-        layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
-        if not layers:
-            raise ValueError("rollout.routing_replay = True: the policy has no mixture of experts; leave it off")
-        self._experts = np.full((slots, 0, layers, config.num_experts_per_tok), UNKNOWN, dtype=np.int16)
+    def __init__(self, config: PolicyConfig, rollout: RolloutConfig) -> None:
+        self.type = RouteType(config, rollout)
+        self._routes = self.type.unknown(rollout.max_batch, 0)
 
-    def write(self, slots: np.ndarray, layout: ChunkLayout, chosen: Tensor) -> None:
-        """Of one forward. slots: [S], of each sequence of the layout; chosen: int16 [T, layers, k]."""
+    def write(self, slots: np.ndarray, layout: ChunkLayout, routing: Routing) -> None:
+        """Of one forward. slots: [S], of each sequence of the layout."""
         positions = layout.position_ids.cpu().numpy()
         self._widen(int(positions.max()) + 1)
-        self._experts[np.repeat(slots, layout.lengths), positions] = chosen.cpu().numpy()
+        routes = self.type.of(routing.chosen(), routing.weights())
+        self._routes[np.repeat(slots, layout.lengths), positions] = routes
 
-    def put(self, slot: int, experts: np.ndarray) -> None:
-        """The first tokens of the slot, int16 [tokens, layers, k]: a prefix computed by another sequence."""
-        self._widen(len(experts))
-        self._experts[slot, : len(experts)] = experts
+    def put(self, slot: int, routes: np.ndarray) -> None:
+        """The first tokens of the slot: a prefix computed by another sequence."""
+        self._widen(len(routes))
+        self._routes[slot, : len(routes)] = routes
 
     def rows(self, slot: int, tokens: int) -> np.ndarray:
-        """int16 [tokens, layers, k] of the first tokens of the slot."""
-        return self._experts[slot, :tokens].copy()
+        """Routes of the first tokens of the slot."""
+        return self._routes[slot, :tokens].copy()
 
     def fork(self, slot: int, others: list[int]) -> None:
         """The samples of a group begin with the prompt that was computed in the first one's slot."""
-        self._experts[others] = self._experts[slot]
+        self._routes[others] = self._routes[slot]
 
     def take(self, slot: int, tokens: int) -> np.ndarray:
-        """int16 [tokens, layers, k] of the first tokens of the slot, which is as new afterwards."""
-        taken = np.full((tokens, *self._experts.shape[2:]), UNKNOWN, dtype=np.int16)
-        kept = self._experts[slot, :tokens]
+        """Routes of the first tokens of the slot, which is as new afterwards."""
+        taken = self.type.unknown(tokens)
+        kept = self._routes[slot, :tokens]
         taken[: len(kept)] = kept
-        self._experts[slot] = UNKNOWN
+        self._routes[slot] = self.type.unknown()
         return taken
 
     def _widen(self, tokens: int) -> None:
-        missing = tokens - self._experts.shape[1]
-        if missing > 0:
-            room = max(missing, self._experts.shape[1])
-            self._experts = np.pad(self._experts, ((0, 0), (0, room), (0, 0), (0, 0)), constant_values=UNKNOWN)
+        slots, held = self._routes.shape[:2]
+        if tokens > held:
+            more = self.type.unknown(slots, max(tokens - held, held))
+            self._routes = np.concatenate([self._routes, more], axis=1)

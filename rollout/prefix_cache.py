@@ -23,7 +23,7 @@ class CachedChunk:
     key: Key
     serial: int
     block: int
-    experts: np.ndarray | None  # int16 [C, mixture layers, k] that its tokens went to, where they are recorded
+    routes: np.ndarray | None  # of its C tokens, where they are recorded
     snapshot: int | None = None
 
 
@@ -83,7 +83,7 @@ class PrefixCache:
         self.hit_tokens += len(match.chunks) * self.chunk_size
 
     def insert(
-        self, ids: np.ndarray, blocks: np.ndarray, policy_version: int, experts: np.ndarray | None = None
+        self, ids: np.ndarray, blocks: np.ndarray, policy_version: int, routes: np.ndarray | None = None
     ) -> int | None:
         """Keeps the chunks of `ids`, all full and computed. Returns the snapshot to fill with the state at their end,
         None where there is one or none is needed."""
@@ -94,7 +94,7 @@ class PrefixCache:
                 if block in self._by_block:  # behind chunks that are forgotten
                     self._forget(block)
                 self._chunks[key] = self._by_block[block] = CachedChunk(
-                    key, next(self._serials), block, None if experts is None else experts[begin:][: self.chunk_size]
+                    key, next(self._serials), block, None if routes is None else routes[begin:][: self.chunk_size]
                 )
                 self._blocks.cached.add(block)
             known.append(self._chunks[key])

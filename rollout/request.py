@@ -84,7 +84,9 @@ class Completion:
     processed_log_probs: np.ndarray | None = None  # float32 [n], of the truncated and renormalised distribution
     top_token_ids: np.ndarray | None = None  # int64 [n, k], most likely first
     top_log_probs: np.ndarray | None = None  # float32 [n, k], like log_probs
-    routed_experts: np.ndarray | None = None  # int16 [tokens of the sequence - 1, MoE layers, experts of a token]
+    # Of each token of the sequence but the last; -1 and NaN where nobody knows.
+    routed_experts: np.ndarray | None = None  # int16 [tokens - 1, MoE layers, experts of a token]
+    routed_weights: np.ndarray | None = None  # float32, shaped alike
 
     @classmethod
     def unstarted(cls, request: Request, sample: int) -> "Completion":

@@ -138,7 +138,7 @@ class Scheduler:
         self.slots.give_back(slot)
         sequence = self.running.stop(slot)
         if self.expert_log:
-            sequence.experts = self.expert_log.take(slot, len(sequence.records["tokens"]) - 1)
+            sequence.routes = self.expert_log.take(slot, len(sequence.records["tokens"]) - 1)
         self._dismiss(sequence, sequence.followers)
         return sequence
 
@@ -247,7 +247,7 @@ class Scheduler:
             lengths = sorted({match.shared, last_full})
             self._to_cache[slot] = [length for length in lengths if computed < length <= len(ids)]
         if self.expert_log and match.chunks:
-            self.expert_log.put(slot, np.concatenate([chunk.experts for chunk in match.chunks]))
+            self.expert_log.put(slot, np.concatenate([chunk.routes for chunk in match.chunks]))
         if match.snapshot is None:
             self.pools.reset_slots([slot])
         else:
@@ -261,8 +261,8 @@ class Scheduler:
         while lengths and lengths[0] <= self.running.computed[slot]:
             length = lengths.pop(0)
             blocks = self.running.block_table[slot, : length // self.chunk_size]
-            experts = self.expert_log.rows(slot, length) if self.expert_log else None
-            snapshot = self.cache.insert(self.running.tokens[slot, :length], blocks, self.policy_version, experts)
+            routes = self.expert_log.rows(slot, length) if self.expert_log else None
+            snapshot = self.cache.insert(self.running.tokens[slot, :length], blocks, self.policy_version, routes)
             if snapshot is not None:
                 self.pools.keep_state(slot, snapshot)
         if not lengths:

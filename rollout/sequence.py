@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rollout.request import Completion, Request
+from rollout.routes import completion_fields
 from rollout.stop_strings import StopStrings
 
 # What is recorded of every token, in arrays over the positions of a sequence; of a prompt only the tokens count.
@@ -18,7 +19,7 @@ class Sequence:
     sample: int
     followers: list[tuple[int, int]] = field(default_factory=list)  # (sample, slot) that start from this one's prompt
     records: dict[str, np.ndarray] = field(default_factory=dict)  # while it has no slot
-    experts: np.ndarray | None = None  # likewise: int16 [length - 1, mixture layers, k], where they are recorded
+    routes: np.ndarray | None = None  # likewise: of the first length - 1 tokens, where they are recorded
     stop_strings: StopStrings | None = None
     full_rows: list[np.ndarray] = field(default_factory=list)  # of each new token, where they are asked for
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # ids and log-probs, likewise
@@ -55,5 +56,5 @@ class Sequence:
             processed_log_probs=new["processed"] if sampling.processed_log_probs else None,
             top_token_ids=np.stack([ids for ids, _ in top]) if top else None,
             top_log_probs=np.stack([values for _, values in top]) if top else None,
-            routed_experts=self.experts,
+            **completion_fields(self.routes),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,8 @@ class TrainSample:
     input_ids: int64 [prompt length + completion length]. rollout_log_probs: float32 [completion length], the engine's
     record for each sampled token. advantage: shared by all tokens of the completion. routed_experts: int16 [tokens - 1,
     mixture layers, k], the experts that the engine sent each token but the last to, for the trainer to replay; -1 where
-    it kept no record. None lets the trainer's router decide.
+    it kept no record. None lets the trainer's router decide. routed_weights: float32, shaped alike, with what weights
+    it did, to be replayed too; NaN where it kept no record. None leaves them to the trainer's router.
     Raises ValueError when lengths or dtypes disagree, or a number is not finite.
     """
 
@@ -38,6 +40,7 @@ class TrainSample:
     rollout_log_probs: FloatArray
     advantage: float
     routed_experts: ExpertArray | None = None
+    routed_weights: FloatArray | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length < len(self.input_ids):
@@ -62,6 +65,8 @@ class TrainSample:
             )
         if self.routed_experts is not None:
             self._check_experts(self.routed_experts)
+        if self.routed_weights is not None:
+            self._check_weights(self.routed_weights)
 
     def _check_experts(self, experts: ExpertArray) -> None:
         if experts.dtype != np.int16 or experts.ndim != 3 or len(experts) != len(self.input_ids) - 1:
@@ -75,6 +80,16 @@ class TrainSample:
             raise ValueError(
                 f"routed_experts of a token must be different experts, or {UNKNOWN} throughout where there is no record"
             )
+
+    def _check_weights(self, weights: FloatArray) -> None:
+        experts = self.routed_experts
+        if experts is None or weights.dtype != np.float32 or weights.shape != experts.shape:
+            raise ValueError(
+                f"routed_weights are {weights.dtype} {list(weights.shape)} for routed_experts of "
+                f"{None if experts is None else list(experts.shape)}; pass float32 of the same shape, or neither"
+            )
+        if (np.isfinite(weights) != (experts != UNKNOWN)).any():
+            raise ValueError("routed_weights must be finite where routed_experts are known, and NaN where they are not")
 
     @property
     def completion_length(self) -> int:
@@ -92,7 +107,7 @@ class PackedBatch:
 
     input_ids: int64 [T]. lengths: tokens of each sequence, in order. response_mask: bool [T], true on completion
     tokens. rollout_log_probs, advantages: float32 [T], zero on prompt tokens. routed_experts: int16 [T, mixture layers,
-    k], UNKNOWN where a sample has no record, or None where none has.
+    k], UNKNOWN where a sample has no record, or None where none has. routed_weights: float32, likewise with NaN.
     """
 
     input_ids: Tensor
@@ -101,6 +116,7 @@ class PackedBatch:
     rollout_log_probs: Tensor
     advantages: Tensor
     routed_experts: Tensor | None = None
+    routed_weights: Tensor | None = None
 
     @classmethod
     def pack(cls, samples: Sequence[TrainSample], device: torch.device | str = "cpu") -> PackedBatch:
@@ -119,10 +135,9 @@ class PackedBatch:
             start += length
         tensors = (input_ids, response_mask, rollout_log_probs, advantages)
         input_ids, response_mask, rollout_log_probs, advantages = (x.to(device) for x in tensors)
-        routed_experts = _pack_experts(samples)
-        if routed_experts is not None:
-            routed_experts = routed_experts.to(device)
-        return cls(input_ids, lengths, response_mask, rollout_log_probs, advantages, routed_experts)
+        experts = _pack_routes(samples, "routed_experts", UNKNOWN, device)
+        weights = _pack_routes(samples, "routed_weights", np.nan, device)
+        return cls(input_ids, lengths, response_mask, rollout_log_probs, advantages, experts, weights)
 
     @property
     def completion_lengths(self) -> list[int]:
@@ -131,7 +146,7 @@ class PackedBatch:
 
     def routing(self) -> Routing | None:
         """For one forward of the batch."""
-        return None if self.routed_experts is None else Routing(self.routed_experts)
+        return None if self.routed_experts is None else Routing(self.routed_experts, self.routed_weights)
 
     def predictions(self) -> tuple[Tensor, Tensor]:
         """(prediction_rows, targets), both int64 [N], for the N completion tokens in order.
@@ -151,14 +166,21 @@ class PackedBatch:
         return [part[:-1].numpy().copy() for part in chosen.cpu().split(list(self.lengths))]
 
 
-def _pack_experts(samples: Sequence[TrainSample]) -> Tensor | None:
-    recorded = next((sample.routed_experts for sample in samples if sample.routed_experts is not None), None)
-    if recorded is None:
+def _pack_routes(
+    samples: Sequence[TrainSample],
+    name: Literal["routed_experts", "routed_weights"],
+    unknown: float,
+    device: torch.device | str,
+) -> Tensor | None:
+    """A record of the samples, [T, mixture layers, k], or None where no sample has one."""
+    records: list[ExpertArray | FloatArray | None] = [getattr(sample, name) for sample in samples]
+    some = next((record for record in records if record is not None), None)
+    if some is None:
         return None
-    packed = np.full((sum(len(sample.input_ids) for sample in samples), *recorded.shape[1:]), UNKNOWN, np.int16)
+    packed = np.full((sum(len(sample.input_ids) for sample in samples), *some.shape[1:]), unknown, some.dtype)
     start = 0
-    for sample in samples:
-        if sample.routed_experts is not None:
-            packed[start : start + len(sample.routed_experts)] = sample.routed_experts
+    for sample, record in zip(samples, records, strict=True):
+        if record is not None:
+            packed[start : start + len(record)] = record
         start += len(sample.input_ids)
-    return torch.from_numpy(packed)
+    return torch.from_numpy(packed).to(device)

@@ -115,7 +115,10 @@ def refuse_unserved(config: PolicyConfig, rollout: RolloutConfig) -> None:
             rollout.speculative_tokens > 0,
             f"rollout.speculative_tokens = {rollout.speculative_tokens}, but only the local engine drafts; set it to 0",
         ),
-        (rollout.routing_replay, "rollout.routing_replay is true, but no experts are read from it; set it to false"),
+        (
+            rollout.routing_replay != "none",
+            f"rollout.routing_replay = {rollout.routing_replay}, but no experts are read from it; set it to none",
+        ),
         (
             rollout.sglang.url is not None and rollout.workers > 1,
             f"rollout.workers = {rollout.workers}, but one server at rollout.sglang.url; set workers to 1",

@@ -19,6 +19,7 @@ from policy.transformer import Policy
 from rollout.check import check_ids, check_request
 from rollout.config import RolloutConfig
 from rollout.request import Completion, Request
+from rollout.routes import RouteType
 from rollout.turns import Turns
 from rollout.vllm_engine.launch import open_vllm
 from rollout.vllm_engine.samples import Sample, vllm_params, vllm_prompt
@@ -40,12 +41,13 @@ class VllmEngine:
         self.config, self.dtype, self.rollout = config, dtype, rollout
         with torch.device("meta"):
             self._layout = Policy(config, dtype)
+        route_type = None if rollout.routing_replay == "none" else RouteType(config, rollout)
         self._llm = open_vllm(config, folder, dtype, rollout, device)
         if rollout.vllm_aligned:
             from rollout.vllm_plugin.sampler import install
         else:
             from rollout.vllm_engine.sampler import install
-        self._sampler = self._llm.collective_rpc(install)[0]
+        self._sampler = self._llm.collective_rpc(install, args=(route_type,))[0]
         self.max_sequence: int = self._llm.model_config.max_model_len
         self._has_tokenizer = self._llm.tokenizer is not None
         self._turns, self._paused, self._asleep = Turns(), False, False
@@ -165,7 +167,8 @@ class VllmEngine:
 
     def _end(self, name: str, finish_reason: str) -> None:
         del self._sampler.samples[name]
-        completion = self._running.pop(name).finish(finish_reason)
+        sample, recorder = self._running.pop(name), self._sampler.routes
+        completion = sample.finish(finish_reason, recorder and recorder.take(name, sample.computed))
         self.tokens += len(completion.token_ids)
         self._ended.append(completion)
 
@@ -176,6 +179,8 @@ class VllmEngine:
     def _forget_prefixes(self) -> None:
         """With "reprefill" all caches are emptied. With "continue" running samples hold theirs, and vLLM can then empty
         none; so samples that have not begun are asked again, under the salt of the new version."""
+        if self._sampler.routes:
+            self._sampler.routes.forget_places()
         if self.rollout.on_new_weights == "reprefill" or not self._running:
             self._llm.reset_prefix_cache(reset_running_requests=True)
             return
@@ -183,6 +188,8 @@ class VllmEngine:
         self._llm.abort_request(unstarted, internal=True)
         for name in unstarted:
             del self._sampler.samples[name]
+            if self._sampler.routes:
+                self._sampler.routes.take(name, 0)
             self._submit(self._running.pop(name))
 
     def _sleep(self) -> None:

@@ -104,7 +104,8 @@ def _arguments(folder: Path, dtype: torch.dtype, rollout: RolloutConfig, device:
         "enable_prefix_caching": rollout.prefix_cache,
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
-        "enforce_eager": device.type == "cpu" or not rollout.cuda_graphs,  # compiling for a CPU takes a minute
+        # Compiling for a CPU takes a minute, and a graph that is replayed tells no routes.
+        "enforce_eager": device.type == "cpu" or not rollout.cuda_graphs or rollout.routing_replay != "none",
         "enable_sleep_mode": rollout.sleep_when_idle and device.type == "cuda",
         "seed": 0,
         "disable_log_stats": True,

@@ -14,7 +14,10 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 import ops
+from rollout.routes import RouteType
+from rollout.vllm_engine.routes import RouteRecorder
 from rollout.vllm_engine.samples import Drawn, Sample, Wish
+from rollout.vllm_engine.taps import RouterTaps, recorder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
@@ -26,7 +29,8 @@ GREEDY = 1e-5  # vLLM takes a temperature below this for 0
 class RecordingSampler(Sampler):
     """runner: the model runner, whose input batch knows the request of every row.
 
-    samples: by vLLM's own id of a request; requests without an entry have no wish.
+    samples: by vLLM's own id of a request; requests without an entry have no wish. routes: of the tokens of each
+    request, where they are recorded.
     """
 
     def __init__(self, runner: Any, vocab_size: int) -> None:
@@ -34,6 +38,7 @@ class RecordingSampler(Sampler):
         self.runner, self.vocab_size = runner, vocab_size
         self.samples: dict[str, Sample] = {}
         self.drawn: dict[str, Drawn] = {}
+        self.routes: RouteRecorder | None = None
         self._processed: Tensor | None = None
 
     def forward(
@@ -73,6 +78,8 @@ class RecordingSampler(Sampler):
     def record(self, rows: Tensor, processed: Tensor, tokens: Tensor, kept: Sequence[int]) -> None:
         """rows [B, V] and what was drawn from them: tokens [B] and their processed log-probs [B]; kept: which of them
         vLLM keeps."""
+        if self.routes:
+            self.routes.record()
         names = self.runner.input_batch.req_ids
         wishes = [self.samples[name].wish if name in self.samples else Wish() for name in names]
         top_ids, top = (x.cpu().numpy() for x in ops.most_likely(rows, max((wish.top for wish in wishes), default=0)))
@@ -90,8 +97,10 @@ class RecordingSampler(Sampler):
             )
 
 
-def install(worker: "WorkerBase") -> RecordingSampler:
-    """Puts the recording sampler in place of the worker's own."""
+def install(worker: "WorkerBase", route_type: RouteType | None) -> RecordingSampler:
+    """Puts the recording sampler in place of the worker's own. route_type: of routes to record, if any."""
     runner: Any = getattr(worker, "worker", worker).model_runner
     runner.sampler = RecordingSampler(runner, runner.model_config.get_vocab_size())
+    if route_type:
+        runner.sampler.routes = recorder(runner, route_type, RouterTaps(runner.model).read)
     return runner.sampler

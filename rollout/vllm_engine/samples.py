@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rollout.request import Completion, Request
+from rollout.routes import completion_fields
 from rollout.sample_seed import sample_seed
 
 if TYPE_CHECKING:
@@ -58,10 +59,16 @@ class Sample:
         return Wish(sampling.top_log_probs, sampling.processed_log_probs, full_vocab)
 
     @property
+    def computed(self) -> int:
+        """Tokens of the sequence but the last, which is drawn and not fed."""
+        return len(self.request.prompt_ids) + len(self.drawn) - 1
+
+    @property
     def token_ids(self) -> list[int]:
         return [each.token_id for each in self.drawn]
 
-    def finish(self, finish_reason: str) -> Completion:
+    def finish(self, finish_reason: str, routes: np.ndarray | None = None) -> Completion:
+        """routes: of all its tokens but the last, where they are recorded."""
         if not self.drawn:
             return Completion.unstarted(self.request, self.sample)
         drawn, wish = self.drawn, self.wish
@@ -78,6 +85,7 @@ class Sample:
             top_token_ids=_stacked([each.top_token_ids for each in drawn]),
             top_log_probs=_stacked([each.top_log_probs for each in drawn]),
             full_log_probs=_stacked([each.full_log_probs for each in drawn]),
+            **completion_fields(routes),
         )
 
 

@@ -20,6 +20,7 @@ from policy.cache import key_dtype
 from policy.checkpoint import read_config
 from policy.config import PolicyConfig
 from policy.names import check_tensors, fill, named_views
+from policy.routing import Routing
 from policy.transformer import MoE, Policy
 from rollout.vllm_plugin.caches import Batch, KeyValueBlocks, Shapes, States, state_shapes
 
@@ -56,7 +57,10 @@ class SoftmaxModel(nn.Module):
     """A policy whose layers are all softmax attention.
 
     vLLM repacks, moves and reloads the parameters that it sees; ours stay as they are because it sees none.
+    records_routes: whether `chosen` is asked for after every step.
     """
+
+    records_routes = False
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -91,9 +95,15 @@ class SoftmaxModel(nn.Module):
         batches = [metadata[name] for name in self._names]
         layout = self._layout(batches[0].lengths, batches[0].starts)
         caches = LayerCaches(self._caches, batches)
-        hidden = self.policy(input_ids[: layout.num_tokens].long(), layout, caches)
+        self._routing = Routing() if self.records_routes else None
+        hidden = self.policy(input_ids[: layout.num_tokens].long(), layout, caches, self._routing)
         caches.put_back()
         return F.pad(hidden, (0, 0, 0, len(input_ids) - layout.num_tokens))
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """The experts of the last step, int16 [T, mixture layers, k], and their weights, FP32."""
+        assert self._routing is not None
+        return self._routing.chosen(), self._routing.weights()
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Log-probs FP32 [N, V] at temperature 1, which are logits too: vLLM's mode raw_logits gives them out as they

@@ -10,8 +10,10 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 
 import ops
+from rollout.routes import RouteType
 from rollout.vllm_engine.sampler import RecordingSampler
 from rollout.vllm_engine.samples import Sample
+from rollout.vllm_engine.taps import recorder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase
@@ -85,9 +87,13 @@ def uniforms(samples: list[Sample]) -> Tensor:
     return torch.cat(parts)
 
 
-def install(worker: "WorkerBase") -> AlignedSampler:
-    """Puts it in place of the worker's own, and hands it hidden states: it makes log-probs of them itself."""
+def install(worker: "WorkerBase", route_type: RouteType | None) -> AlignedSampler:
+    """Puts it in place of the worker's own, and hands it hidden states: it makes log-probs of them itself. route_type:
+    of routes to record, if any."""
     runner: Any = getattr(worker, "worker", worker).model_runner
     runner.model.compute_logits = lambda hidden_states: hidden_states
     runner.sampler = AlignedSampler(runner)
+    if route_type:
+        runner.model.records_routes = True
+        runner.sampler.routes = recorder(runner, route_type, runner.model.chosen)
     return runner.sampler

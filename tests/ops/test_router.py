@@ -105,3 +105,15 @@ def test_weights_of_experts_that_the_router_would_not_choose() -> None:
     logits = torch.tensor([[math.log(3), 0.0, -math.log(3)]])
     weights = ops.expert_weights(logits, torch.tensor([[1, 2]]), 3.0)
     assert weights[0].tolist() == pytest.approx([2.0, 1.0])
+
+
+def test_recorded_weights_are_the_value_and_own_ones_get_the_gradient() -> None:
+    """The second token has no record. With d = 3 w0 + w1, whatever w is: the gradients of own weights are 3 and 1."""
+    own = torch.tensor([[0.7, 0.3], [0.6, 0.4]], requires_grad=True)
+    recorded = torch.tensor([[0.75, 0.25], [math.nan, math.nan]])
+    weights = ops.replayed_weights(own, recorded)
+    assert weights.tolist() == [[0.75, 0.25], own[1].tolist()]
+    (weights * torch.tensor([3.0, 1.0])).sum().backward()
+    assert own.grad is not None and own.grad.tolist() == [[3.0, 1.0], [3.0, 1.0]]
+    with torch.no_grad():
+        assert torch.equal(ops.replayed_weights(own, recorded), weights)

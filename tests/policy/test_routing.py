@@ -72,3 +72,53 @@ def test_the_gradient_of_a_replay_reaches_the_router(policy: Policy) -> None:
     gradient = mixtures(policy)[0].gate.weight.grad
     assert gradient is not None
     assert gradient[missing].abs().max() > 0
+
+
+def gradients(policy: Policy, routing: Routing | None) -> list[Tensor]:
+    policy.zero_grad()
+    hidden = forward(policy, routing)
+    (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+    return [hidden.detach(), *(weight.grad.clone() for weight in policy.parameters() if weight.grad is not None)]
+
+
+def test_replaying_the_own_weights_moves_no_bit_of_values_and_gradients(policy: Policy) -> None:
+    record = Routing()
+    plain = gradients(policy, record)
+    experts, weights = record.chosen(), record.weights()
+    assert weights.dtype == torch.float32 and weights.shape == experts.shape
+    assert not weights.requires_grad
+    experts[::3], weights[::3] = UNKNOWN, torch.nan
+    for replay in (Routing(experts, weights), Routing(experts.flip(-1), weights.flip(-1))):
+        replayed = gradients(policy, replay)
+        assert len(plain) == len(replayed)
+        assert all(torch.equal(*pair) for pair in zip(plain, replayed, strict=True))
+
+
+def test_other_weights_change_the_tokens_that_see_them_and_keep_to_their_expert(policy: Policy) -> None:
+    record = Routing()
+    plain = forward(policy, record)
+    experts, weights = record.chosen(), record.weights().clone()
+    weights[30] *= torch.linspace(0.5, 1.5, weights.shape[-1])
+    moved = forward(policy, Routing(experts, weights))
+    assert torch.equal(moved[:30], plain[:30])
+    assert not torch.equal(moved[30], plain[30])
+    assert torch.equal(forward(policy, Routing(experts.flip(-1), weights.flip(-1))), moved)
+    assert not torch.equal(forward(policy, Routing(experts.flip(-1), weights)), moved)
+
+
+def test_the_weight_of_an_expert_is_the_recorded_one() -> None:
+    """What a mixture gives is linear in its weights, and a factor of two rounds nothing."""
+    policy = make_policy(family_config("qwen3_moe"), torch.float32)
+    mixture, x = mixtures(policy)[0], torch.randn(5, policy.config.hidden_size)
+    record = Routing()
+    plain = mixture(x, record)
+    doubled = mixture(x, Routing(record.chosen(), 2 * record.weights()))
+    assert torch.equal(doubled, 2 * plain)
+
+
+def test_the_gradient_passes_recorded_weights_by(policy: Policy) -> None:
+    record = Routing()
+    forward(policy, record)
+    forward(policy, Routing(record.chosen(), 0.5 * record.weights()))[5].sum().backward()
+    gradient = mixtures(policy)[-1].gate.weight.grad
+    assert gradient is not None and gradient.abs().max() > 0

@@ -57,13 +57,14 @@ def test_an_unaligned_run_corrects_and_counts(tmp_path: Path) -> None:
 
 def test_replay_in_an_aligned_run_moves_no_bit_and_agrees(local: list[LocalSystem], tmp_path: Path) -> None:
     digests = []
-    for replay in ("false", "true"):
+    for replay in ("none", "experts", "weights"):
         recipe = tiny_recipe(tmp_path, f"rollout.routing_replay={replay}", "loop.steps=2")
         digests.append(run_training(recipe, tmp_path / replay, False, Console(quiet=True))["weights_digest"])
-    assert digests[0] == digests[1]
-    records = read_metrics(tmp_path / "true")
-    assert [record["mismatch/expert_agreement/layer_0"] for record in records] == [1.0, 1.0]
-    assert "mismatch/expert_agreement/layer_0" not in read_metrics(tmp_path / "false")[0]
+    assert len(set(digests)) == 1
+    for replay in ("experts", "weights"):
+        records = read_metrics(tmp_path / replay)
+        assert [record["mismatch/expert_agreement/layer_0"] for record in records] == [1.0, 1.0]
+    assert "mismatch/expert_agreement/layer_0" not in read_metrics(tmp_path / "none")[0]
 
 
 def test_agreement_leaves_out_what_nobody_recorded_and_a_missing_record_is_an_error() -> None:
@@ -73,7 +74,9 @@ def test_agreement_leaves_out_what_nobody_recorded_and_a_missing_record_is_an_er
     trainer = np.array([[[0, 1]], [[0, 2]], [[1, 3]]], np.int16)
     with_record = make_scored(make_prompt(0), 0, (7, 8), Reason.OK, 1.0)
     object.__setattr__(with_record.completion, "routed_experts", engine)
-    assert routing_metrics([with_record], [trainer], expected=True) == {"mismatch/expert_agreement/layer_0": 0.5}
-    assert routing_metrics([scored], [None], expected=False) == {}
+    assert routing_metrics([with_record], [trainer], "experts") == {"mismatch/expert_agreement/layer_0": 0.5}
+    assert routing_metrics([scored], [None], "none") == {}
     with pytest.raises(ValueError, match="1 of 1 completions came without the experts of their tokens"):
-        routing_metrics([scored], [None], expected=True)
+        routing_metrics([scored], [None], "experts")
+    with pytest.raises(ValueError, match=r"weights: 1 of 1 completions .* set rollout\.routing_replay=none"):
+        routing_metrics([with_record], [trainer], "weights")

@@ -93,7 +93,7 @@ def test_supervised_steps_lower_the_loss(sequences) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def recorded(trainer: Trainer, samples: list[TrainSample], turn: int) -> list[TrainSample]:
+def recorded(trainer: Trainer, samples: list[TrainSample], turn: int, with_weights: bool = True) -> list[TrainSample]:
     """With the experts of the trainer's own router, each `turn` further on: 0 is what an aligned engine records."""
     made = []
     for sample in samples:
@@ -102,13 +102,15 @@ def recorded(trainer: Trainer, samples: list[TrainSample], turn: int) -> list[Tr
         with torch.no_grad():
             trainer.policy(torch.from_numpy(sample.input_ids), layout, routing=routing)
         experts = (routing.chosen()[:-1].numpy() + np.int16(turn)) % np.int16(CONFIG.num_experts)
-        made.append(dataclasses.replace(sample, routed_experts=experts))
+        weights = routing.weights()[:-1].numpy() if with_weights else None
+        made.append(dataclasses.replace(sample, routed_experts=experts, routed_weights=weights))
     return made
 
 
-def test_replaying_the_trainers_own_routing_moves_no_bit(sequences) -> None:
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_replaying_the_trainers_own_routing_moves_no_bit(sequences, with_weights: bool) -> None:
     plain, replayed = make(), make()
-    samples = recorded(plain, sequences, turn=0)
+    samples = recorded(plain, sequences, 0, with_weights)
     results = [plain.compute(sequences), replayed.compute(samples)]
     assert results[0].routed_experts == [None] * len(sequences)
     for sample, chosen in zip(samples, results[1].routed_experts, strict=True):
@@ -136,13 +138,34 @@ def test_packing_moves_no_bit_of_a_replay_and_every_forward_replays(sequences) -
     assert differs == [False, True, True, True, False]
 
 
+def test_a_weight_counts_at_its_own_token(sequences) -> None:
+    """Token 20 of a prompt of 3 is token 17 of the completion: the record of token 20 tells what predicts the next."""
+    trainer = make()
+    (sample,) = recorded(trainer, sequences[:1], turn=0)
+    assert sample.routed_weights is not None
+    weights = sample.routed_weights.copy()
+    weights[20] *= np.float32(0.5)
+    plain, moved = trainer.log_probs([sample, dataclasses.replace(sample, routed_weights=weights)])
+    assert np.array_equal(moved[:18], plain[:18])
+    assert moved[18] != plain[18]
+
+
+def test_samples_without_weights_keep_the_trainers_own(sequences) -> None:
+    trainer = make()
+    experts, weights = (recorded(trainer, sequences[:2], 1, with_weights) for with_weights in (False, True))
+    mixed = trainer.compute([experts[0], weights[1]]).log_probs
+    assert np.array_equal(mixed[0], trainer.log_probs(experts)[0])
+    assert np.array_equal(mixed[1], trainer.log_probs(weights)[1])
+    assert not np.array_equal(mixed[0], trainer.log_probs(weights)[0])
+
+
 def test_a_record_of_another_policy_is_refused(sequences) -> None:
     trainer = make()
     (sample,) = recorded(trainer, sequences[:1], turn=0)
     assert sample.routed_experts is not None
     for experts in (sample.routed_experts + np.int16(CONFIG.num_experts), sample.routed_experts[:, :, :1]):
         with pytest.raises(ValueError, match="the engine runs another policy"):
-            trainer.compute([dataclasses.replace(sample, routed_experts=experts)])
+            trainer.compute([dataclasses.replace(sample, routed_experts=experts, routed_weights=None)])
 
 
 @pytest.mark.parametrize(
@@ -157,3 +180,23 @@ def test_a_record_of_another_policy_is_refused(sequences) -> None:
 def test_a_record_that_cannot_be_is_refused(experts, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSample(np.arange(4), 2, np.zeros(2, np.float32), 1.0, experts)
+
+
+EXPERTS = np.array([[[0, 1]], [[-1, -1]], [[2, 0]]], np.int16)
+WEIGHTS = np.array([[[0.5, 0.5]], [[np.nan, np.nan]], [[0.25, 0.75]]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("experts", "weights", "message"),
+    [
+        (None, WEIGHTS, r"float32 \[3, 1, 2\] for routed_experts of None"),
+        (EXPERTS, WEIGHTS[:2], r"float32 \[2, 1, 2\] for routed_experts of \[3, 1, 2\]"),
+        (EXPERTS, WEIGHTS.astype(np.float64), "float64"),
+        (EXPERTS, np.nan_to_num(WEIGHTS), "finite where routed_experts are known, and NaN"),
+        (EXPERTS[[0, 2, 2]], WEIGHTS, "finite where routed_experts are known"),
+    ],
+)
+def test_recorded_weights_that_cannot_be_are_refused(experts, weights, message: str) -> None:
+    sample = TrainSample(np.arange(4), 2, np.zeros(2, np.float32), 1.0, EXPERTS, WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(sample, routed_experts=experts, routed_weights=weights)

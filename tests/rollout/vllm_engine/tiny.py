@@ -5,14 +5,18 @@ import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+import ops
 from policy.checkpoint import dtype_name, save_config
 from policy.config import PolicyConfig
 from policy.names import export_tensors
+from policy.routing import Routing
 from policy.transformer import Policy
 from rollout.config import RolloutConfig
 from rollout.request import Completion, Request, SamplingParams
@@ -93,3 +97,55 @@ def difference(policy: Policy, asked: Request, completion: Completion) -> np.nda
     assert completion.full_log_probs is not None
     found: np.ndarray = np.abs(trainer_rows(policy, asked, completion) - completion.full_log_probs).max(1)
     return found
+
+
+def replaying(asked: Request, completion: Completion, replay: str) -> TrainSample:
+    """What the trainer gets under a rollout.routing_replay."""
+    experts = None if replay == "none" else completion.routed_experts
+    weights = completion.routed_weights if replay == "weights" else None
+    ids = np.concatenate([asked.prompt_ids, completion.token_ids])
+    return TrainSample(ids, len(asked.prompt_ids), completion.log_probs, 0.0, experts, weights)
+
+
+def own_routes(policy: Policy, asked: Request, completion: Completion) -> tuple[np.ndarray, np.ndarray]:
+    """What the trainer's router says of all tokens but the last: experts ascending, and their weights."""
+    ids = torch.from_numpy(np.concatenate([asked.prompt_ids, completion.token_ids]))
+    routing = Routing()
+    with torch.no_grad():
+        policy(ids, ops.ChunkLayout.build([len(ids)], policy.config.chunk_size), routing=routing)
+    return routing.chosen()[:-1].numpy(), routing.weights()[:-1].numpy()
+
+
+def ordered_routes(completion: Completion) -> tuple[np.ndarray, np.ndarray]:
+    """What the engine recorded, experts ascending."""
+    assert completion.routed_experts is not None and completion.routed_weights is not None
+    order = completion.routed_experts.argsort(-1)
+    return tuple(np.take_along_axis(x, order, -1) for x in (completion.routed_experts, completion.routed_weights))
+
+
+def mean_difference(policy: Policy, asked: list[Request], completions: list[Completion], replay: str) -> float:
+    """|trainer - engine| of the sampled tokens' log-probs at temperature 1. Request i has the id i."""
+    samples = [replaying(asked[each.request_id], each, replay) for each in completions]
+    found = Trainer(policy, TrainerConfig(), 1.0).log_probs(samples)
+    return float(np.abs(np.concatenate(found) - np.concatenate([each.log_probs for each in completions])).mean())
+
+
+def experts_used(policy: Policy, sample: TrainSample) -> np.ndarray:
+    """By the trainer's forward over all tokens but the last, seen where experts are called: [tokens - 1, layers, k]."""
+    used, whole = [], ops.experts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "experts", lambda *call: (used.append(call[3].clone()), whole(*call))[1])
+        Trainer(policy, TrainerConfig(), 1.0).log_probs([sample])
+    return torch.stack(used, dim=1)[:-1].numpy()
+
+
+def watch(patch: pytest.MonkeyPatch, owner: type, name: str) -> list[Any]:
+    """What it returns, call by call."""
+    results, whole = [], getattr(owner, name)
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        results.append(whole(*arguments, **named))
+        return results[-1]
+
+    patch.setattr(owner, name, call)
+    return results

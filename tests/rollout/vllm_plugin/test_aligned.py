@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from tests.rollout.vllm_engine.tiny import (
     request,
     reset_groups,
     trainer_rows,
+    watch,
     weights,
 )
 
@@ -47,8 +48,14 @@ def asked() -> list[Request]:
     return [request(index, length, 1 + index % 3, **limits) for index, (length, limits) in enumerate(ASKED)]
 
 
+def replay_of(family: str) -> Literal["none", "weights"]:
+    """Routes with their weights, where there are mixtures."""
+    return "weights" if family in ("ring_linear", "qwen3_moe_mixed") else "none"
+
+
 def local_engine(family: str, dtype: torch.dtype) -> Engine:
-    return Engine(make_policy(config_of(family), dtype).to_working_dtype(), RolloutConfig(memory_mb=32))
+    policy = make_policy(config_of(family), dtype).to_working_dtype()
+    return Engine(policy, RolloutConfig(memory_mb=32, routing_replay=replay_of(family)))
 
 
 def differing_fields(ours: list[Completion], theirs: list[Completion]) -> Iterator[str]:
@@ -59,22 +66,12 @@ def differing_fields(ours: list[Completion], theirs: list[Completion]) -> Iterat
                 yield f"{field.name} of {left.request_id}, sample {left.sample}"
 
 
-def watch(patch: pytest.MonkeyPatch, owner: type, name: str) -> list[Any]:
-    """What it returns, call by call."""
-    results, whole = [], getattr(owner, name)
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        results.append(whole(*arguments, **named))
-        return results[-1]
-
-    patch.setattr(owner, name, call)
-    return results
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_are_the_local_engines_and_rows_the_trainers(family: str, dtype: torch.dtype) -> None:
-    theirs = open_engine(family, dtype, vllm_aligned=True, max_batch=6, prefill_tokens=PREFILL)
+    theirs = open_engine(
+        family, dtype, vllm_aligned=True, max_batch=6, prefill_tokens=PREFILL, routing_replay=replay_of(family)
+    )
     ours = local_engine(family, dtype)
     for version in (0, 1):
         for engine in (ours, theirs):
@@ -86,6 +83,7 @@ def test_completions_are_the_local_engines_and_rows_the_trainers(family: str, dt
         for each in completions:
             rows = trainer_rows(policy_of(family, version, dtype), asked()[each.request_id], each)
             assert np.array_equal(each.full_log_probs, rows)
+            assert (each.routed_weights is not None) == (replay_of(family) == "weights")
 
 
 @pytest.mark.parametrize("family", ["ring_linear", "qwen3"])
@@ -95,7 +93,8 @@ def test_bits_stay_where_a_prefix_is_cached_and_where_memory_runs_out(
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    engine = open_engine(family, vllm_aligned=True, memory_mb=1, prefill_tokens=PREFILL)
+    replay = replay_of(family)
+    engine = open_engine(family, vllm_aligned=True, memory_mb=1, prefill_tokens=PREFILL, routing_replay=replay)
     ours = local_engine(family, torch.float32)
     for each in (ours, engine):
         each.load_weights(weights(family), 0)
