@@ -60,6 +60,12 @@ class SglangEngine:
         wait_until_healthy(self._client, self.server, settings.start_seconds)
         info = self._client.get("/server_info")
         self._on_cpu = info.get("device") == "cpu"
+        self._recorded = None if rollout.routing_replay == "none" else config
+        if self._recorded and info.get("enable_return_routed_experts") is not True:
+            raise ValueError(
+                f"rollout.routing_replay = {rollout.routing_replay}: the SGLang server at {url} records no experts; "
+                "start it with --enable-return-routed-experts, or set rollout.routing_replay to none"
+            )
         self.max_sequence = min(config.max_position_embeddings, _count(info, "max_req_input_len") + RESERVED_TOKENS)
         self._has_tokenizer = info.get("skip_tokenizer_init") is False
         self._send: Send = (
@@ -129,7 +135,8 @@ class SglangEngine:
         async with free:
             while request.request_id not in self._aborted:
                 salt_version = self.policy_version
-                completion = completion_of(request, sample, await self._post(session, request, sample))
+                answer = await self._post(session, request, sample)
+                completion = completion_of(request, sample, answer, self._recorded)
                 if completion.finish_reason == "abort" and request.request_id not in self._aborted:
                     raise ValueError(f"request {request.request_id}: SGLang aborted it, and nobody had asked for that")
                 if not self._began_stale(completion, salt_version):
@@ -139,6 +146,8 @@ class SglangEngine:
     async def _post(self, session: httpx.AsyncClient, request: Request, sample: int) -> dict[str, Any]:
         name, policy = self._name(request.request_id, sample), self.config
         body = sample_body(request, sample, name, self._cache_salt(), policy.stop_token_ids, policy.vocab_size)
+        if self._recorded:
+            body["return_routed_experts"] = True
         self._running.add(name)
         try:
             return await self._client.post_at_once(session, "/generate", body)

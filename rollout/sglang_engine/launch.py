@@ -14,6 +14,7 @@ import torch
 from policy.config import PolicyConfig
 from policy.families import RING_LINEAR
 from rollout.config import RolloutConfig
+from rollout.routes import RouteType
 from rollout.sglang_engine.client import Client
 from rollout.verbs import EngineDied
 
@@ -116,8 +117,8 @@ def refuse_unserved(config: PolicyConfig, rollout: RolloutConfig) -> None:
             f"rollout.speculative_tokens = {rollout.speculative_tokens}, but only the local engine drafts; set it to 0",
         ),
         (
-            rollout.routing_replay != "none",
-            f"rollout.routing_replay = {rollout.routing_replay}, but no experts are read from it; set it to none",
+            rollout.routing_replay == "weights",
+            "rollout.routing_replay = weights, but it gives experts without their weights; set it to experts",
         ),
         (
             rollout.sglang.url is not None and rollout.workers > 1,
@@ -127,6 +128,8 @@ def refuse_unserved(config: PolicyConfig, rollout: RolloutConfig) -> None:
     for refused, reason in refusals:
         if refused:
             raise ValueError(f"rollout.engine = sglang: {reason}")
+    if rollout.routing_replay != "none":
+        RouteType(config, rollout)  # which a policy without mixtures does not have
 
 
 def server_arguments(
@@ -151,6 +154,7 @@ def server_arguments(
         "sleep-on-idle": not cuda,  # else it takes a core from the trainer while it waits
         "skip-tokenizer-init": not any(policy.glob("tokenizer*")),
         "disable-radix-cache": not rollout.prefix_cache,
+        "enable-return-routed-experts": rollout.routing_replay != "none",
         "disable-cuda-graph": not (cuda and rollout.cuda_graphs),
         # With it a step is under way when weights arrive, and its token is then counted to the new ones.
         "disable-overlap-schedule": not cuda or rollout.on_new_weights == "continue",

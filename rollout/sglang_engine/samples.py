@@ -5,8 +5,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
+from policy.config import PolicyConfig
 from rollout.request import Completion, Request
 from rollout.sample_seed import sample_seed
+from rollout.sglang_engine.routes import routed_experts, unknown_experts
 
 ALL_TOKENS = -1
 MASKED_TOP_K = range(2, 4097)  # for which SGLang reports log-probs after the limits
@@ -33,6 +35,7 @@ class MetaInfo(BaseModel):
     output_top_logprobs: list[list[Position]] = []
     output_token_ids_logprobs: list[list[Position]] = []
     output_token_sampling_logprobs: list[FiniteFloat] = []
+    routed_experts: str | None = None
 
 
 class Answer(BaseModel):
@@ -95,8 +98,11 @@ def _asks_limited(request: Request) -> bool:
     return wanted.processed_log_probs and limited and wanted.temperature > 0
 
 
-def completion_of(request: Request, sample: int, content: dict[str, Any]) -> Completion:
-    """Raises ValueError when the answer is none to the request, or was ended by the server for its own reasons."""
+def completion_of(
+    request: Request, sample: int, content: dict[str, Any], recorded: PolicyConfig | None = None
+) -> Completion:
+    """recorded: the policy whose experts were asked for. Raises ValueError when the answer is none to the request, or
+    was ended by the server for its own reasons."""
     name = f"request {request.request_id}, sample {sample}"
     try:
         answer = Answer.model_validate(content)
@@ -122,7 +128,19 @@ def completion_of(request: Request, sample: int, content: dict[str, Any]) -> Com
         processed_log_probs=_processed(request, meta, log_probs),
         top_token_ids=top[1] if wanted.top_log_probs else None,
         top_log_probs=top[0] if wanted.top_log_probs else None,
+        routed_experts=None if recorded is None else _experts(name, request, answer, recorded),
     )
+
+
+def _experts(name: str, request: Request, answer: Answer, config: PolicyConfig) -> np.ndarray:
+    """int16 [tokens - 1, mixture layers, k]; of an aborted sample unknown where SGLang says nothing."""
+    tokens, encoded = len(request.prompt_ids) + len(answer.output_ids) - 1, answer.meta_info.routed_experts
+    if encoded is None and answer.meta_info.finish_reason.type == "abort":
+        return unknown_experts(tokens, config)
+    try:
+        return routed_experts(encoded, tokens, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; set rollout.routing_replay=none") from None
 
 
 def _check(name: str, request: Request, answer: Answer) -> None:

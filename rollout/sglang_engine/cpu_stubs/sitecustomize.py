@@ -2,16 +2,19 @@
 
 SGLang 0.5.23 imports both whatever it serves: torchvision for models that see, vLLM for kernels that its plain CPU path
 does not call. Here every attribute of theirs is a class that does nothing, as it is in the processes SGLang spawns.
+
+It records experts in memory that it pins for a GPU, wherever it runs; here that memory stays as it is.
 """
 
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
 ABSENT = ("torchvision", "vllm")
+PINNING = "sglang.srt.mem_cache.pool_host.common"
 
 
 class _Anything(type):
@@ -48,4 +51,21 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
+class _Unpinned(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        vars(module)["_cuda_host_register"] = lambda *arguments: None
+
+
+class _PinningFinder(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path) if fullname == PINNING else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = _Unpinned(fullname, spec.origin)
+        return spec
+
+
+sys.meta_path.insert(0, _PinningFinder())
 sys.meta_path.append(_Finder())  # last, so that a real one goes before

@@ -30,6 +30,7 @@ class Fake:
         self.headers: list[str | None] = []
         self.weights: dict[str, Tensor] = {}
         self.version, self.session = "default", False
+        self.records_experts = True
         self.running, self.aborted = threading.Event(), set[str]()
         self.gate = threading.Event()  # closed while paused
         self.gate.set()
@@ -52,7 +53,8 @@ class Fake:
         return 200, b""
 
     def server_info(self, body: dict[str, Any]) -> Reply:
-        return {"device": "cpu", "max_req_input_len": 508, "tp_size": 1, "skip_tokenizer_init": True}
+        info = {"device": "cpu", "max_req_input_len": 508, "tp_size": 1, "skip_tokenizer_init": True}
+        return info | {"enable_return_routed_experts": self.records_experts}
 
     def model_info(self, body: dict[str, Any]) -> Reply:
         return {"weight_version": self.version}

@@ -375,7 +375,7 @@ def test_requests_that_could_never_run_are_refused(fake: Fake, change: dict[str,
     "rollout, message",
     [
         ({"speculative_tokens": 2}, "only the local engine drafts"),
-        ({"routing_replay": "experts"}, "no experts are read from it"),
+        ({"routing_replay": "weights"}, "gives experts without their weights; set it to experts"),
         ({"workers": 2}, "one server at rollout.sglang.url; set workers to 1"),
     ],
 )

@@ -86,6 +86,27 @@ def test_on_a_cpu_torchvision_and_vllm_are_stubs_that_answer_to_anything() -> No
     assert lines[0].startswith("torchvision.transforms.v2") and lines[1:] == ["No module named 'nowhere'", "False"]
 
 
+def test_on_a_cpu_no_memory_is_pinned_and_the_rest_of_that_module_is_sglangs(tmp_path: Path) -> None:
+    folder = tmp_path / "sglang" / "srt" / "mem_cache" / "pool_host"
+    folder.mkdir(parents=True)
+    (folder / "common.py").write_text("def _cuda_host_register(buffer, size=None):\n    raise OSError\nKEPT = 7\n")
+    (folder / "other.py").write_text("def _cuda_host_register(buffer):\n    return 'its own'\n")
+    script = (
+        "from sglang.srt.mem_cache.pool_host import common, other\n"
+        "print(common._cuda_host_register(None, 3), common.KEPT, other._cuda_host_register(None))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(CPU_STUBS), str(tmp_path)])}
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "None 7 its own\n"
+
+
+@pytest.mark.parametrize("replay", ["none", "experts"])
+def test_the_server_records_experts_where_they_are_replayed(tmp_path: Path, replay: str) -> None:
+    rollout = RolloutConfig.model_validate({"engine": "sglang", "routing_replay": replay})
+    found = server_arguments(family_config("qwen3_moe"), tmp_path, torch.float32, rollout, False, 4321)
+    assert ("--enable-return-routed-experts" in found) == (replay == "experts")
+
+
 @pytest.mark.parametrize("cuda", [False, True])
 def test_arguments_follow_the_recipe(tmp_path: Path, cuda: bool) -> None:
     rollout = RolloutConfig.model_validate(
