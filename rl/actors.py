@@ -137,12 +137,14 @@ class TrainerActor:
     def log_probs_of_versions(self, samples: list[TrainSample], versions: list[np.ndarray]) -> list[np.ndarray]:
         """Every token's log-prob under the weights it was sampled from: float32 [completion length] for each sample.
 
-        versions: int64 [completion length] each. Raises ValueError for a version that is no longer kept.
+        versions: int64 [completion length] each. Raises ValueError for a version that is no longer kept. Routes are
+        replayed under the version of the last token, which the engine computed them with; earlier ones have their own.
         """
         found = [np.full(len(each), np.nan, dtype=np.float32) for each in versions]
         for version in sorted({int(version) for each in versions for version in each}):
             chosen = [index for index, each in enumerate(versions) if (each == version).any()]
-            rescored = self._trainer_of(version).log_probs([samples[index] for index in chosen])
+            replayed = [samples[i] if versions[i][-1] == version else samples[i].without_routes() for i in chosen]
+            rescored = self._trainer_of(version).log_probs(replayed)
             for index, log_probs in zip(chosen, rescored, strict=True):
                 found[index] = np.where(versions[index] == version, log_probs, found[index])
         return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -94,6 +94,10 @@ class TrainSample:
     @property
     def completion_length(self) -> int:
         return len(self.input_ids) - self.prompt_length
+
+    def without_routes(self) -> TrainSample:
+        """Left to the trainer's router."""
+        return replace(self, routed_experts=None, routed_weights=None)
 
     @classmethod
     def demonstration(cls, input_ids: IntArray, prompt_length: int) -> TrainSample:
