@@ -14,7 +14,7 @@ import torch
 from policy.config import PolicyConfig
 from policy.families import RING_LINEAR
 from rollout.config import RolloutConfig
-from rollout.vllm_plugin import register
+from rollout.vllm_plugin import make_modules_readable, register
 from rollout.vllm_plugin.launch import aligned_arguments
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def open_vllm(
         raise ValueError(
             f"rollout.speculative_tokens = {rollout.speculative_tokens}: only the local engine drafts; set it to 0"
         )
+    make_modules_readable()
     arguments = _arguments(folder, dtype, rollout, device)
     if rollout.vllm_aligned:
         register()

@@ -22,6 +22,15 @@ def register() -> None:
     from policy.families import RING_LINEAR
     from rollout.vllm_plugin.config import RingLinearConfig
 
+    make_modules_readable()
     AutoConfig.register(RING_LINEAR, RingLinearConfig, exist_ok=True)
     ModelRegistry.register_model(HYBRID_CLASS, "rollout.vllm_plugin.model:HybridModel")
     ModelRegistry.register_model(ALIGNED_CLASS, "rollout.vllm_plugin.model:SoftmaxModel")
+
+
+def make_modules_readable() -> None:
+    """vLLM 0.32 on a CPU looks into the `__dict__` of all that any module holds, and ends where it is no dict. That of
+    llvmlite's library, which Numba loads for our operators, is a function: the library answers to every name."""
+    from llvmlite.binding import ffi
+
+    ffi.lib._fntab["__dict__"] = {}
