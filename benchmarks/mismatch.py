@@ -11,7 +11,8 @@ diff: |trainer - engine| of the sampled token's log-prob: mean, p99, largest. to
 find the same token most likely. unequal: sampled tokens of which any bit differs. The rows of an engine replace those
 it had in mismatch.json.
 
---replay: mixtures only, one row for each rollout.routing_replay that the engine has; of the same completions.
+--replay: mixtures only, one row for each rollout.routing_replay that the engine has, of the same completions; without
+speeds, as recording costs some.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def measure(
         "model": model,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": policy.num_parameters(),
-        "tokens_per_second": tokens / seconds,
+        **({"tokens_per_second": tokens / seconds} if len(replays) == 1 else {}),
     }
     return [{**common, "replay": replay, **compare(policy, requests, completions, replay)} for replay in replays]
 
@@ -178,7 +179,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['engine']:12} {row['model']:10} {row['dtype']:8} {row['replay']:8} diff {diffs}  "
             f"top-1 {row['top1']:.4f}  unequal {row['unequal']}/{row['tokens']}  "
-            f"{row['tokens_per_second']:.0f} tokens/s",
+            + (f"{row['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in row else ""),
             flush=True,
         )
 

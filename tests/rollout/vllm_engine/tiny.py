@@ -56,10 +56,13 @@ def weights(family: str, version: int = 0, dtype: torch.dtype = torch.float32) -
 
 def reset_groups() -> None:
     """vLLM has one set of process groups: made for the family of the first engine, and gone with the first that goes.
-    So each engine here makes them anew, and none goes."""
+    So each engine here makes them anew, and none goes. It has one table of positions too, for all models of a shape,
+    which an update that fails midway leaves without its numbers."""
     if "vllm" in sys.modules:
         from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+        from vllm.model_executor.layers import rotary_embedding
 
+        rotary_embedding._ROPE_DICT.clear()
         destroy_model_parallel()
         destroy_distributed_environment()
 
