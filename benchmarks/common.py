@@ -60,11 +60,15 @@ def rates(amount: float, seconds: list[float]) -> dict[str, Any]:
 
 
 def arguments(description: str | None) -> argparse.Namespace:
+    return parser_of(description).parse_args()
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
     """out: the folder of the result file; quick."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it works; the numbers mean nothing")
-    return parser.parse_args()
+    return parser
 
 
 def write_result(args: argparse.Namespace, name: str, result: Mapping[str, Any]) -> Path:

@@ -1,16 +1,16 @@
 """Generated tokens per second: the local engine against vLLM and transformers `generate`, on the same CPU threads.
 
-    LOCKSTEP_VLLM_PYTHON=build/vllm/bin/python python -m benchmarks.engine [--out FOLDER] [--quick]
+    LOCKSTEP_VLLM_PYTHON=build/vllm/bin/python python -m benchmarks.engine [--dtype D] [--shapes 10M] [--out FOLDER]
 
-Two Qwen3 policies, of 10 and 108 million parameters: same weights, same prompts, BF16 on every side. vLLM runs in the
-environment that LOCKSTEP_VLLM_PYTHON names (`.ci/vllm` makes one), without it that side is left out. A third row has a
-Ring-shaped policy, for which transformers has no class: lightning attention in 3 of 4 layers, experts in 3 of 4. Beside
-it runs a dense Qwen3 of equal width, layers and heads, as wide as the experts that one of our tokens meets.
+Two Qwen3 policies, of 10 and 108 million parameters: same weights, same prompts, one dtype on every side. vLLM runs in
+the environment that LOCKSTEP_VLLM_PYTHON names (`.ci/vllm` makes one), without it that side is left out. A third row
+has a Ring-shaped policy, for which transformers has no class: lightning attention in 3 of 4 layers, experts in 3 of 4.
+Beside it runs a dense Qwen3 of equal width, layers and heads, as wide as the experts that one of our tokens meets.
 
 All sample at temperature 1 from the whole vocabulary, with a cache, and never stop early: 64 prompts of 32 tokens, 128
 new tokens each. The engine also records every token's log-probability, as it always does; the others do not. The sides
 take turns, and a ratio is the median over rounds. Then the engine's step is taken apart and set against what the
-machine can do (`benchmarks.decode_step`). The result is written to engine.json.
+machine can do (`benchmarks.decode_step`). The result is written to engine-DTYPE.json.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import torch
 from transformers import GenerationConfig, Qwen3ForCausalLM
 
 from benchmarks import decode_step
-from benchmarks.common import arguments, rates, ring_10m_config, write_result
-from policy.checkpoint import dtype_name, save_policy
+from benchmarks.common import parser_of, rates, ring_10m_config, write_result
+from policy.checkpoint import DTYPES, dtype_name, save_policy
 from policy.config import PolicyConfig
 from policy.transformer import Policy
 from rollout.config import RolloutConfig
@@ -240,9 +240,15 @@ def shapes(quick: bool) -> dict[str, tuple[PolicyConfig, PolicyConfig]]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    load, dtype, vllm_python = QUICK if args.quick else Load(), torch.bfloat16, os.environ.get("LOCKSTEP_VLLM_PYTHON")
+    load, dtype, vllm_python = (
+        QUICK if args.quick else Load(),
+        DTYPES[args.dtype],
+        os.environ.get("LOCKSTEP_VLLM_PYTHON"),
+    )
     results = {}
     for name, (ours, theirs) in shapes(args.quick).items():
+        if args.shapes and not any(each in name for each in args.shapes):
+            continue
         results[name] = measure(ours, theirs, dtype, load, vllm_python)
         side = LockstepSide(build(ours, dtype), load)
         results[name]["step"] = decode_step.take_apart(side.policy, side.generate, load.batch)
@@ -259,8 +265,13 @@ def show(name: str, result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__)
-    print(f"written to {write_result(args, 'engine', run(args))}")
+    parser = parser_of(__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and products on every side")
+    parser.add_argument(
+        "--shapes", nargs="*", metavar="NAME", help="those whose name holds one of these; all otherwise"
+    )
+    args = parser.parse_args()
+    print(f"written to {write_result(args, f'engine-{args.dtype}', run(args))}")
 
 
 if __name__ == "__main__":
