@@ -154,16 +154,16 @@ def sigmoid(x):
 
 @compiled
 def largest(x, count, lanes):
-    """Of the first `count` >= 1 numbers; NaN counts as nothing unless it is the first. lanes: room for eight."""
-    for lane in range(8):
-        lanes[lane] = x[0]
-    whole = count - count % 8
-    for i in range(0, whole, 8):
-        part = x[i : i + 8]
-        for lane in range(8):
+    """Of the first `count` >= 1 numbers; NaN counts as nothing unless it is the first."""
+    width = lanes.shape[0]
+    lanes[:] = x[0]
+    whole = count - count % width
+    for i in range(0, whole, width):
+        part = x[i : i + width]
+        for lane in range(width):
             lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
     top = lanes[0]
-    for lane in range(1, 8):
+    for lane in range(1, width):
         top = lanes[lane] if lanes[lane] > top else top
     for i in range(whole, count):
         top = x[i] if x[i] > top else top
@@ -172,9 +172,9 @@ def largest(x, count, lanes):
 
 @compiled
 def sum_lanes(lanes):
-    """Eight partial sums, added in order. Number i % 8 takes term i: vector instructions add eight at a time."""
+    """Partial sums, added in order. Of L, number i % L takes term i: so vector instructions can add."""
     total = lanes[0]
-    for lane in range(1, 8):
+    for lane in range(1, lanes.shape[0]):
         total += lanes[lane]
     return total
 

@@ -43,10 +43,13 @@ def logit_blocks(hidden: Tensor, head: Tensor, temperature: Tensor) -> Iterator[
         yield first, row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous().div_(temperature)
 
 
+_LANES = 64  # partial sums of a row, part of the reduction order too
+
+
 @compiled
 def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, weighted):
     """Items are rows. x [T, V'] begins at column `first`; what comes after x goes on from the columns before."""
-    sums, products, weights = np.empty(8, f32), np.empty(8, f32), np.empty(x.shape[1], f32)
+    sums, products, weights = np.empty(_LANES, f32), np.empty(_LANES, f32), np.empty(x.shape[1], f32)
     for row in range(begin, end):
         values = x[row]
         if first <= targets[row] < first + values.shape[0]:
@@ -56,10 +59,10 @@ def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, we
             weights[i] = exp(values[i] - new_top)
         sums[:] = ZERO
         products[:] = ZERO
-        whole = values.shape[0] - values.shape[0] % 8
-        for i in range(0, whole, 8):
-            some, their = weights[i : i + 8], values[i : i + 8]
-            for lane in range(8):
+        whole = values.shape[0] - values.shape[0] % _LANES
+        for i in range(0, whole, _LANES):
+            some, their = weights[i : i + _LANES], values[i : i + _LANES]
+            for lane in range(_LANES):
                 sums[lane] += some[lane]
                 products[lane] = fma(some[lane], their[lane], products[lane])
         for i in range(whole, values.shape[0]):

@@ -49,6 +49,7 @@ def sample_reference(log_probs: Tensor, uniform: float) -> int:
 # The CPU path.
 
 
+_LANES = 32  # partial sums of a run
 _WALK = 256  # tokens whose mass is summed before it joins the total: first the run is found, then the token in it
 
 
@@ -64,16 +65,16 @@ def _cpu_exp_kernel(begin, end, rows, probabilities):
 def _cpu_draw_kernel(begin, end, probabilities, uniform, tokens, mass):
     """Items are rows: the token, and the mass of all. Sums in FP64."""
     vocabulary = probabilities.shape[1]
-    runs, lanes = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(8)
+    runs, lanes = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(_LANES)
     for row in range(begin, end):
         p, total = probabilities[row], 0.0
         for run in range(runs.shape[0]):
             part = p[run * _WALK : min((run + 1) * _WALK, vocabulary)]
             lanes[:] = 0.0
-            whole = part.shape[0] - part.shape[0] % 8
-            for i in range(0, whole, 8):
-                some = part[i : i + 8]
-                for lane in range(8):
+            whole = part.shape[0] - part.shape[0] % _LANES
+            for i in range(0, whole, _LANES):
+                some = part[i : i + _LANES]
+                for lane in range(_LANES):
                     lanes[lane] += some[lane]
             for i in range(whole, part.shape[0]):
                 lanes[i - whole] += part[i]
