@@ -64,7 +64,7 @@ def test_both_sides_take_the_fast_form_and_the_run_says_so(
     assert "regime: not aligned: fast lightning_attention" in plan(recipe).splitlines()
     summary = run_training(recipe, tmp_path / "run", resume=False, console=Console(width=200))
     assert asked == [["lightning_attention"]] * 2
-    assert ops.explain("lightning_attention", torch.empty(0)).startswith("lightning_attention: torch")
+    assert ops.explain("lightning_attention", torch.empty(0)).startswith("lightning_attention: cpu")
     (record,) = read_metrics(tmp_path / "run")
     assert (record["mismatch/tokens_unequal"] or 0) > 0 and (record["mismatch/log_prob_diff_max"] or 0) < 1e-3
     assert summary["regime"] == "not aligned: fast lightning_attention"
@@ -81,7 +81,7 @@ def test_doctor_says_which_path_each_operator_takes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("rl.doctor_paths.choose_device", lambda setting: torch.device("cpu"))
     checks = list(path_checks())
     assert [check.name for check in checks] == [f"{operator}, path" for operator in OPERATORS]
-    assert {(check.status, check.detail) for check in checks} == {("ok", "torch (cpu has no Triton)")}
+    assert {(check.status, check.detail) for check in checks} == {("ok", "cpu (cpu has no Triton)")}
 
 
 def test_doctor_finds_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
