@@ -1,6 +1,6 @@
 """Where a step of the local engine goes, beside what the machine needs for its arithmetic and memory traffic alone.
 
-    products    matrix products of the layers. Limit: the same products by torch alone (oneDNN in BF16)
+    products    matrix products of the layers. Limit: the same by torch alone, in the type that the CPU multiplies
     attention   softmax and lightning. Limit: bytes of keys, values and states it reads / bandwidth
     elementwise norms, rotation, SwiGLU, router. No limit worth stating: the operands lie in the cache
     head, draw  LM head in FP32, log-probs, draw. Limit: the FP32 product by torch alone
@@ -93,7 +93,7 @@ def layer_products(policy: Policy, rows: int) -> float:
         if weight.ndim == 3:
             assert name.endswith(("gate_up", "down"))
             shapes[weight.shape[1], weight.shape[2]] += chosen
-    return sum(count * product_seconds(rows, n, k, policy.dtype) for (n, k), count in shapes.items())
+    return sum(count * product_seconds(rows, n, k, ops.product_dtype(policy.dtype)) for (n, k), count in shapes.items())
 
 
 def head_product(policy: Policy, rows: int) -> float:

@@ -52,13 +52,13 @@ def _missing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _cache_folder() -> str:
-    """Numba looks at a kernel's own file only when it asks whether kept code is stale, hence a folder for all sources.
-    Empty where none can be made."""
+    """Numba looks at a kernel's own file only when it asks whether kept code is stale, hence a folder for all sources,
+    in NUMBA_CACHE_DIR or the user's cache. Empty where none can be made."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "lockstep" / "kernels" / digest.hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lockstep" / "kernels"
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or home) / digest.hexdigest()[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -8,6 +8,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Runs with a cache of their own share the compiled kernels all the same.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path.home() / ".cache" / "lockstep" / "kernels"))
 # Without a GPU the Triton kernels are tested in Triton's interpreter, which has to be chosen before they are defined.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"

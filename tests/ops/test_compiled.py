@@ -115,6 +115,9 @@ def test_kept_code_belongs_to_the_sources_and_a_home_that_cannot_be_written_keep
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder_of = compiled._cache_folder.__wrapped__
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "given"))
+    assert Path(folder_of()).parent == tmp_path / "given"
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert Path(folder_of()).parent == tmp_path / "lockstep" / "kernels"
     (tmp_path / "file").touch()
