@@ -28,7 +28,7 @@ from trainer.state import latest_checkpoint, load_checkpoint
 from trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
