@@ -45,9 +45,7 @@ class ChunkLayout:
     token_slot: Tensor  # [T] tile * C + row of each token
     token_row: Tensor  # [T] row inside its tile
     token_sequence: np.ndarray  # [T]
-    sequence_order: Tensor  # [S] sequences in scan order
     ranks: tuple[tuple[int, int], ...]  # (first tile, count) of each rank
-    complete: tuple[Tensor, ...]  # per rank: scan positions of the sequences whose tile of that rank is full
     sequence_tiles: np.ndarray  # [S, ranks] tile numbers, -1 where a sequence has none
     tile_sequence: np.ndarray  # [N]
     tile_chunk: np.ndarray  # [N] chunk index inside the sequence, from position 0
@@ -80,8 +78,7 @@ class ChunkLayout:
             raise ValueError(f"sequence lengths {n.tolist()[:8]}: a batch needs sequences of at least one token")
         first_chunk, end = p0 // chunk_size, p0 + n
         tiles = (end - 1) // chunk_size - first_chunk + 1
-        full = end // chunk_size - first_chunk
-        order = np.lexsort((-full, -tiles)) if tiles.max() > 1 else np.arange(len(n))
+        order = np.argsort(-tiles, kind="stable")
         rank_counts = (tiles[None] > np.arange(tiles.max())[:, None]).sum(1)
         rank_first = np.concatenate([[0], np.cumsum(rank_counts)])
         sequence_tiles = _sequence_tiles(order, tiles, rank_first)
@@ -99,9 +96,7 @@ class ChunkLayout:
             token_slot=torch.from_numpy(tile * chunk_size + positions % chunk_size),
             token_row=torch.from_numpy(positions % chunk_size),
             token_sequence=sequence,
-            sequence_order=torch.from_numpy(order),
             ranks=tuple(zip(rank_first[:-1].tolist(), rank_counts.tolist(), strict=True)),
-            complete=tuple(torch.from_numpy(np.flatnonzero(full[order] > rank)) for rank in range(len(rank_counts))),
             sequence_tiles=sequence_tiles,
             tile_sequence=tile_sequence,
             tile_chunk=first_chunk[tile_sequence] + tile_rank,
