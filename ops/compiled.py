@@ -4,16 +4,18 @@ Two things make their bits a function of their operands alone (design A1, A2), w
 Floating-point rules are strict: the compiler may use vector instructions, but it neither reorders a sum nor fuses a
 product with one unless `fma` is written. And threads share out whole items, so no sum crosses from one to another.
 
-A kernel has the form `kernel(begin, end, ...)`: items begin .. end - 1 of its work, on NumPy views of tensors. Compiled
-code is kept in the user's cache folder, under a digest of all sources here.
+A kernel has the form `kernel(begin, end, ...)`: items begin .. end - 1 of its work, on NumPy views of tensors. BF16
+tensors arrive as their bits, int16, and `number` and `stored` convert them. Compiled code is kept in the user's cache
+folder, under a digest of all sources here.
 """
 
 import hashlib
+import importlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -22,23 +24,26 @@ from torch import Tensor
 
 try:
     import numba
+    from llvmlite import ir
     from numba import types
+    from numba.core import cgutils
     from numba.extending import intrinsic
 except ImportError:
     numba = None
 
-MIN_SHARE = 1_000_000  # operations for each thread, some 100 microseconds: waking one costs half of that
+MIN_SHARE = 200_000  # operations for each thread, some 20 microseconds: a team starts in a quarter of that
 f32 = np.float32
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any], parallel: bool = False) -> Any:
     """Decorates a kernel, or a helper that kernels call."""
     if numba is None:
         return _missing(function)
     before, folder = numba.config.CACHE_DIR, _cache_folder()
     numba.config.CACHE_DIR = folder or before
+    options = {"nogil": True, "error_model": "numpy", "boundscheck": False, "parallel": parallel}
     try:
-        return numba.njit(nogil=True, error_model="numpy", boundscheck=False, cache=bool(folder))(function)
+        return numba.njit(cache=bool(folder), **options)(function)
     finally:
         numba.config.CACHE_DIR = before
 
@@ -72,32 +77,80 @@ def share(kernel: Any, items: int, operations: int, *arguments: Any) -> None:
     operations: about how many floating-point operations all items take. Tensors arrive as arrays (`array`).
     """
     arrays = [array(x) if isinstance(x, Tensor) else x for x in arguments]
-    parts = max(1, min(torch.get_num_threads(), items, operations // MIN_SHARE))
-    bounds = [items * part // parts for part in range(parts + 1)]
-    waiting = [_threads(parts - 1).submit(kernel, bounds[i], bounds[i + 1], *arrays) for i in range(1, parts)]
-    kernel(0, bounds[1], *arrays)
-    for other in waiting:
-        other.result()
+    parts = min(torch.get_num_threads(), items, operations // MIN_SHARE)
+    if parts < 2 or not _has_team():
+        kernel(0, items, *arrays)
+        return
+    if numba.get_num_threads() != (threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
+        numba.set_num_threads(threads)
+    _shared(kernel)(parts, items, *arrays)
+
+
+def _share(parts, items, *arguments):
+    for part in numba.prange(parts):
+        kernel(items * part // parts, items * (part + 1) // parts, *arguments)  # type: ignore[name-defined]  # noqa: F821
 
 
 @cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="ops")
+def _shared(kernel: Any) -> Any:
+    """`_share` of this kernel. A function of its own, because Numba keeps no compiled code of closures."""
+    own = FunctionType(_share.__code__, {**globals(), "kernel": kernel})
+    own.__module__, own.__qualname__ = kernel.__module__, f"share{kernel.__name__}"
+    return compiled(own, parallel=True)
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _has_team() -> bool:
+    """Is there an OpenMP to share with? Its threads wait as torch's do: a pool of Python's would fight with those for
+    the cores, and lose more than it gains. A forked child has lost them."""
+    return not _forked and has_openmp()
+
+
+@cache
+def has_openmp() -> bool:
+    """Without, kernels take one thread. Numba's other teams bear no calls from several threads, or are rarely there."""
+    if numba is None:
+        return False
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    numba.config.THREADING_LAYER = "omp"
+    return True
 
 
 def array(x: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor on a CPU."""
     assert x.is_contiguous(), "kernels are compiled for contiguous arrays"
-    return (x.detach() if x.requires_grad else x).numpy()
+    x = x.detach() if x.requires_grad else x
+    return (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
 def plain(x: Tensor) -> Tensor:
-    """x in FP32 and contiguous, as kernels read it."""
+    """x in FP32 and contiguous."""
     return x.float().contiguous()
 
 
+def readable(x: Tensor) -> Tensor:
+    """x contiguous, in FP32 or BF16."""
+    return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+
+
+PANEL = 16  # numbers side by side that `add_panels` takes together
+
+
 if numba is not None:
-    # What Numba has no name for: each is one instruction.
+    # What Numba has no name for.
 
     @intrinsic
     def fma(_, a, b, c):
@@ -118,6 +171,83 @@ if numba is not None:
             return builder.bitcast(args[0], context.get_value_type(types.float32))
 
         return types.float32(types.int32), generate
+
+    @intrinsic
+    def number(_, x):
+        """What is read from an FP32 or a BF16 array, as FP32."""
+
+        def generate(context, builder, signature, args):
+            if signature.args[0] == types.float32:
+                return args[0]
+            wide = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+            return builder.bitcast(wide, ir.FloatType())
+
+        return types.float32(x), generate
+
+    @intrinsic
+    def stored(_, x, array):
+        """FP32 x as `array` holds it, FP32 or BF16 (rounded to nearest, ties to even, as torch does)."""
+        bf16 = array.dtype == types.int16
+
+        def generate(context, builder, signature, args):
+            if not bf16:
+                return args[0]
+            wide, constant = ir.IntType(32), lambda n: ir.Constant(ir.IntType(32), n)
+            bits = builder.bitcast(args[0], wide)
+            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+            bits = builder.lshr(builder.add(bits, builder.add(odd, constant(0x7FFF))), constant(16))
+            is_nan = builder.fcmp_unordered("uno", args[0], args[0])
+            return builder.trunc(builder.select(is_nan, constant(0x7FC0), bits), ir.IntType(16))
+
+        return array.dtype(types.float32, array), generate
+
+    def _panels(count):
+        """Of `count` panels."""
+
+        @intrinsic
+        def add(_, weights, x, x_at, step, panel, out, out_at, terms):
+            """out[out_at + PANEL p + i] += weights[t] x[x_at + step t + panel p + i] for t < terms in order, at places
+            in memory. The sums stay in registers, which LLVM does not find by itself."""
+
+            def generate(context, builder, signature, args):
+                weights, x, out = (
+                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 1, 5)
+                )
+                x_at, step, panel, out_at, terms = (args[i] for i in (2, 3, 4, 6, 7))
+                vector, index = ir.VectorType(ir.FloatType(), PANEL), ir.IntType(32)
+                lanes, none = ir.Constant(ir.VectorType(index, PANEL), None), ir.Constant(vector, ir.Undefined)
+                multiply_add = cgutils.get_or_insert_function(
+                    builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{PANEL}f32"
+                )
+
+                def place(array, at):
+                    return builder.bitcast(builder.gep(array, [at]), vector.as_pointer())
+
+                def result(p):
+                    return place(out, builder.add(out_at, ir.Constant(out_at.type, PANEL * p)))
+
+                sums = [cgutils.alloca_once(builder, vector) for _ in range(count)]
+                for p, total in enumerate(sums):
+                    builder.store(builder.load(result(p), align=4), total)
+                with cgutils.for_range(builder, terms) as loop:
+                    weight = builder.load(builder.gep(weights, [loop.index]))
+                    weight = builder.insert_element(none, weight, ir.Constant(index, 0))
+                    weight = builder.shuffle_vector(weight, none, lanes)
+                    at = builder.add(x_at, builder.mul(loop.index, step))
+                    for total in sums:
+                        row = builder.load(place(x, at), align=4)
+                        builder.store(builder.call(multiply_add, [weight, row, builder.load(total)]), total)
+                        at = builder.add(at, panel)
+                for p, total in enumerate(sums):
+                    builder.store(builder.load(total), result(p), align=4)
+                return context.get_dummy_value()
+
+            i = types.intp
+            return types.void(weights, x, i, i, i, out, i, i), generate
+
+        return add
+
+    _four_panels, _two_panels, _one_panel = _panels(4), _panels(2), _panels(1)
 
 
 ZERO, ONE = f32(0.0), f32(1.0)
@@ -180,15 +310,52 @@ def sum_lanes(lanes):
 
 
 @compiled
+def add_panels(weights, x, step, panel, panels, out, terms):
+    """out [panels * PANEL] += sum over t < terms, in order, of weights[t] times what begins at x[step t + panel p]."""
+    p = 0
+    while panels - p >= 4:
+        _four_panels(weights, x, panel * p, step, panel, out, PANEL * p, terms)
+        p += 4
+    if panels - p >= 2:
+        _two_panels(weights, x, panel * p, step, panel, out, PANEL * p, terms)
+        p += 2
+    if panels > p:
+        _one_panel(weights, x, panel * p, step, panel, out, PANEL * p, terms)
+
+
+@compiled
 def add_weighted(weights, rows, count, out):
     """out [d] += the first `count` weights times rows [count, d], in order."""
-    whole = count - count % 4
-    for j in range(0, whole, 4):
-        w0, w1, w2, w3 = weights[j], weights[j + 1], weights[j + 2], weights[j + 3]
-        r0, r1, r2, r3 = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
-        for e in range(out.shape[0]):
-            out[e] = fma(w3, r3[e], fma(w2, r2[e], fma(w1, r1[e], fma(w0, r0[e], out[e]))))
-    for j in range(whole, count):
-        w, row = weights[j], rows[j]
-        for e in range(out.shape[0]):
-            out[e] = fma(w, row[e], out[e])
+    width = out.shape[0]
+    panels = width // PANEL
+    add_panels(weights, rows, width, PANEL, panels, out, count)
+    for j in range(count):
+        row = rows[j]
+        for e in range(panels * PANEL, width):
+            out[e] = fma(weights[j], row[e], out[e])
+
+
+# The keys of a chunk lie in panels [C / W, d, W]: W neighbouring keys side by side, for vector instructions, and a key
+# in few pages.
+
+
+def panels_of(keys: Tensor) -> Tensor:
+    """Memory of keys [..., C, d] as the CPU path fills it, [..., C / W, d, W]."""
+    chunk, dim = keys.shape[-2:]
+    width = PANEL if chunk % PANEL == 0 else chunk
+    return keys.view(*keys.shape[:-2], chunk // width, dim, width)
+
+
+@compiled
+def score_keys(query, keys, count, scores):
+    """scores [>= count] of a query [d] with the keys [C / W, d, W] of a chunk, over d in order. Beyond `count` they
+    are whatever a panel has there."""
+    dim, width = keys.shape[1:]
+    panels = (count + width - 1) // width
+    scores[: panels * width] = ZERO
+    if width == PANEL:
+        add_panels(query, keys, PANEL, PANEL * dim, panels, scores, dim)
+    else:
+        for d in range(dim):
+            for j in range(count):
+                scores[j] = fma(query[d], keys[0, d, j], scores[j])

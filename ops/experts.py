@@ -17,7 +17,7 @@ from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.fp8 import GROUP, Fp8Weight, Quantized, quantize_rows, quantize_weight, swiglu_quantize
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
-from ops.linear import grouped_linear, padded_rows
+from ops.linear import grouped_linear, padded_rows, product_dtype
 from ops.swiglu import swiglu
 from ops.tiles import grouped_tile, tile_product
 
@@ -49,7 +49,7 @@ class _ExpertRows:
 def _cpu_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool
 ) -> Tensor:
-    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
+    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], product_dtype(dtype, gate_up.shape[2]))
     gathered = apply(_Permute, x.to(dtype), rows.source, rows.place)
     hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded))
     outputs = grouped_linear(hidden, down, rows.counts, dtype, rounded)

@@ -7,10 +7,12 @@ x [..., K] any float dtype, W [N, K] -> y [..., N]. Design A1: row m of y has th
 Stock torch keeps that promise on a CPU under the conditions of `row_invariant_matmul`, found by measurement;
 `lockstep doctor` proves them on the machine at hand. On a GPU, `ops.matmul` keeps it.
 
-A CPU without BF16 units multiplies BF16 operands as the FP32 numbers that they are and rounds y once: the same
-operator, ten times as fast there (80 against 8 GFLOP/s on one AVX2 core).
+BF16 operands are multiplied as the FP32 numbers that they are, and y rounded once, where BF16 units are of no use: on a
+CPU without them, which is ten times as fast there (80 against 8 GFLOP/s on one AVX2 core), and for sums of more than
+`BF16_TERMS` terms, which oneDNN cuts differently for every number of rows and threads on a CPU with AMX.
 """
 
+import os
 from functools import cache
 from typing import Any
 
@@ -23,6 +25,10 @@ from ops.dispatch import Path, choose
 from ops.jit import aligned
 from ops.matmul import multiply, weight_gradient
 
+# MKL reads this once, at its first product. Without, it cuts sums of 1024 terms and more differently for every number
+# of rows and threads on some CPUs; with it, products are as fast (measured).
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 # Outside these bounds the CPU libraries pick other kernels, with other bits (measured).
 FP32_ROWS = 16
 FP32_ROWS_PER_THREAD = 4
@@ -30,16 +36,27 @@ ALIGNMENT = 16  # bytes, of each row's start
 FP32_COLUMNS = 4  # make ALIGNMENT
 BF16_ROWS = 2
 BF16_SMALL_PRODUCT = 4096  # rows x K x N: up to here torch does not call oneDNN
+BF16_TERMS = 480  # of a sum; equal bits up to here at 1, 2, 4 and 8 threads, N from 8 to 16,384
 # oneDNN compiles a kernel for every new number of rows (350 microseconds here, five times the product itself), so BF16
 # rows come in few sizes: powers of two, then steps.
 BF16_STEP = 64
 
 
 @cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which this CPU multiplies operands of `dtype`."""
-    emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if emulated else dtype
+def _has_bf16_units() -> bool:
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
+def product_dtype(dtype: torch.dtype, terms: int) -> torch.dtype:
+    """The type in which this CPU multiplies operands of `dtype` in sums of so many terms."""
+    use_units = terms <= BF16_TERMS and _has_bf16_units()
+    return dtype if dtype != torch.bfloat16 or use_units else torch.float32
+
+
+def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The same for gradients, which owe no row its bits."""
+    return product_dtype(dtype, 0)
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -80,9 +97,19 @@ def row_invariant_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(*_padded(x, weight))[: x.shape[0]]
 
 
+def row_invariant_matmul_by_parts(x: Tensor, weight: Tensor, part: int) -> Tensor:
+    """The same, with a product for each `part` rows of the weight: the bits of those products, in one result."""
+    rows = x.shape[0]
+    x, weight = _padded(x, weight)
+    y = x.new_empty(len(x), len(weight))
+    for first in range(0, len(weight), part):
+        torch.mm(x, weight[first : first + part].t(), out=y[:, first : first + part])
+    return y[:rows]
+
+
 def padded_rows(rows: int, weight_size: int, dtype: torch.dtype) -> int:
     """Rows to multiply in place of `rows` by a weight of `weight_size` = K x N elements."""
-    if product_dtype(dtype) == torch.float32:
+    if dtype == torch.float32:
         return -(-max(rows, FP32_ROWS_PER_THREAD * torch.get_num_threads()) // FP32_ROWS) * FP32_ROWS
     rows = max(rows, BF16_ROWS, BF16_SMALL_PRODUCT // weight_size + 1)
     if rows <= BF16_STEP:
@@ -118,7 +145,7 @@ class _Linear(torch.autograd.Function):
             operand, matrix = aligned(operand), aligned(weight.to(dtype))
             y = multiply(operand, matrix, precision)
         else:
-            matrix, multiplied = weight if rounded else weight.to(dtype), product_dtype(precision)
+            matrix, multiplied = weight if rounded else weight.to(dtype), product_dtype(precision, weight.shape[1])
             y = row_invariant_matmul(operand.to(multiplied), matrix.to(multiplied)).to(precision)
         ctx.save_for_backward(operand, matrix)
         ctx.dtypes = x.dtype, weight.dtype
@@ -132,7 +159,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _cpu_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    (x_dtype, weight_dtype), (rows, inner), multiplied = ctx.dtypes, operand.shape, product_dtype(operand.dtype)
+    (x_dtype, weight_dtype), (rows, inner), multiplied = ctx.dtypes, operand.shape, _gradient_dtype(operand.dtype)
     operand, matrix = _padded(operand.to(multiplied), matrix.to(multiplied))
     grad = F.pad(grad.to(multiplied), (0, 0, 0, operand.shape[0] - rows))
     grad_x = (grad @ matrix)[:rows, :inner].to(x_dtype) if ctx.needs_input_grad[0] else None
@@ -153,14 +180,14 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype, rounded: bool) -> Tensor:
         operand, matrices = x.to(dtype), weight if rounded else weight.to(dtype)
         ctx.save_for_backward(operand, matrices)
-        ctx.counts, ctx.dtypes, multiplied = counts, (x.dtype, weight.dtype), product_dtype(dtype)
+        ctx.counts, ctx.dtypes, multiplied = counts, (x.dtype, weight.dtype), product_dtype(dtype, weight.shape[2])
         groups = zip(operand.to(multiplied).split(counts), matrices.to(multiplied).unbind(0), strict=True)
         return torch.cat([row_invariant_matmul(rows, matrix) for rows, matrix in groups if len(rows)]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_dtype, weight_dtype = ctx.dtypes
-        operand, matrices = (saved.to(product_dtype(saved.dtype)) for saved in ctx.saved_tensors)
+        operand, matrices = (saved.to(_gradient_dtype(saved.dtype)) for saved in ctx.saved_tensors)
         grad = grad.to(operand.dtype)
         grad_x, grad_weight = torch.empty_like(operand), torch.empty_like(matrices)
         groups = zip(*(x.split(ctx.counts) for x in (grad, operand, grad_x)), strict=True)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ZERO, add_weighted, compiled, f32, fma, plain, share
+from ops.compiled import ZERO, add_weighted, compiled, f32, fma, number, panels_of, plain, readable, score_keys, share
 from ops.dispatch import Path, choose
 from ops.jit import ALIGNMENT, aligned, jit, launch, like, tl, triton_dtype
 from ops.layout import ChunkLayout
@@ -87,22 +87,12 @@ def lightning_attention_reference(q: Tensor, k: Tensor, v: Tensor, slopes: Tenso
 
 
 @compiled
-def _score_keys(query, keys, count, scores):
-    """scores [count] of the first keys [d, C] of a chunk."""
-    scores[:count] = ZERO
-    for d in range(query.shape[0]):
-        q, row = query[d], keys[d]
-        for j in range(count):
-            scores[j] = fma(q, row[j], scores[j])
-
-
-@compiled
 def _advance_state(state, keys, values, key_decay, chunk_decay, weights, update):
     """The state [d, d] behind a full chunk."""
-    chunk = values.shape[0]
+    chunk, width = values.shape[0], keys.shape[2]
     for d in range(state.shape[0]):
         for j in range(chunk):
-            weights[j] = keys[d, j] * key_decay[j, 0]
+            weights[j] = keys[j // width, d, j % width] * key_decay[j, 0]
         update[:] = ZERO
         add_weighted(weights, values, chunk, update)
         for e in range(update.shape[0]):
@@ -114,11 +104,10 @@ def _cpu_lightning_kernel(
     begin, end, q, k, v, slots, begins, starts, lengths, scale, tile_decay, query_decay, key_decay, chunk_decay,
     state_pool, key_pool, value_pool, sequence_tiles, previous, out
 ):  # fmt: skip
-    """Items are pairs of a sequence and a head. key_pool [slots, H, d, C] and value_pool [slots, H, C, d] hold the open
-    chunk, its keys transposed for vector instructions; previous [N, H, d, d] takes the state in front of every tile, if
-    it has room for any."""
+    """Items are pairs of a sequence and a head. key_pool [slots, H, C / W, d, W] and value_pool [slots, H, C, d] hold
+    the open chunk; previous [N, H, d, d] takes the state in front of every tile, if it has room for any."""
     heads, dim = q.shape[1:]
-    chunk = value_pool.shape[2]
+    chunk, width = value_pool.shape[2], key_pool.shape[4]
     query, across, inside, scores = np.empty(dim, f32), np.empty(dim, f32), np.empty(dim, f32), np.empty(chunk, f32)
     for item in range(begin, end):
         sequence, head = item // heads, item % heads
@@ -128,13 +117,15 @@ def _cpu_lightning_kernel(
             token, row = begins[sequence] + n, (start + n) % chunk
             if previous.shape[0] > 0 and (row == 0 or n == 0):
                 previous[sequence_tiles[sequence, (start + n) // chunk - start // chunk], head] = state
+            panel, value, decay = keys[row // width], values[row], tile_decay[head, row]
             for d in range(dim):
                 query[d] = q[token, head, d] * scale
-                keys[d, row] = k[token, head, d]
-                values[row, d] = v[token, head, d]
-            _score_keys(query, keys, row + 1, scores)
+                panel[d, row % width] = k[token, head, d]
+            for d in range(dim):
+                value[d] = number(v[token, head, d])
+            score_keys(query, keys, row + 1, scores)
             for j in range(row + 1):
-                scores[j] *= tile_decay[head, row, j]
+                scores[j] *= decay[j]
             inside[:] = ZERO
             add_weighted(scores, values, row + 1, inside)
             across[:] = ZERO
@@ -149,13 +140,13 @@ def _cpu_attend(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache, previous: Tensor
 ) -> Tensor:
     """FP32 [T, H, d]; the cache takes in the new tokens."""
-    q, k, v = (plain(x) for x in (q, k, v))
-    heads, chunk, dim = cache.value.shape[1:]
+    q, k, v = plain(q), plain(k), readable(v)
+    (heads, _, dim), chunk = cache.value.shape[1:], layout.chunk_size
     out = torch.empty_like(q)
     share(
         _cpu_lightning_kernel, len(layout.lengths) * heads, 2 * q.numel() * (dim + 2 * chunk), q, k, v, cache.slots,
         layout.begins, layout.starts, layout.lengths, f32(_scale(q)), decay.tile, decay.query, decay.key, decay.chunk,
-        cache.state, cache.key.view(-1, heads, dim, chunk), cache.value, layout.sequence_tiles, previous, out,
+        cache.state, panels_of(cache.key), cache.value, layout.sequence_tiles, previous, out,
     )  # fmt: skip
     return out
 

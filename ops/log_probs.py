@@ -20,7 +20,7 @@ from ops.autograd import apply
 from ops.compiled import ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
-from ops.linear import row_invariant_matmul
+from ops.linear import row_invariant_matmul, row_invariant_matmul_by_parts
 
 ROW_BLOCK = 2048  # rows whose logits exist at once; moves no bit
 VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time
@@ -40,18 +40,24 @@ def log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, tempera
 def logit_blocks(hidden: Tensor, head: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
     """x by blocks of the vocabulary, each with its first column. head FP32 [V, D], temperature [T, 1]."""
     for first in range(0, head.shape[0], VOCAB_BLOCK):
-        yield first, row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous().div_(temperature)
+        x = row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous()
+        yield first, _tempered(x, temperature)
+
+
+def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
+    return x.div_(temperature) if bool((temperature != 1).any()) else x
 
 
 _LANES = 64  # partial sums of a row, part of the reduction order too
 
 
 @compiled
-def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, weighted):
-    """Items are rows. x [T, V'] begins at column `first`; what comes after x goes on from the columns before."""
-    sums, products, weights = np.empty(_LANES, f32), np.empty(_LANES, f32), np.empty(x.shape[1], f32)
+def _cpu_statistics_kernel(begin, end, x, at, width, first, targets, chosen, top, total, weighted):
+    """Items are rows. Columns at .. at + width - 1 of x are the vocabulary from `first` on; what comes after them goes
+    on from the columns before."""
+    sums, products, weights = np.empty(_LANES, f32), np.empty(_LANES, f32), np.empty(width, f32)
     for row in range(begin, end):
-        values = x[row]
+        values = x[row, at : at + width]
         if first <= targets[row] < first + values.shape[0]:
             chosen[row] = values[targets[row] - first]
         new_top = max(top[row], largest(values, values.shape[0], sums))
@@ -74,14 +80,43 @@ def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, we
         top[row] = new_top
 
 
+class _Statistics:
+    """Of rows of x whose columns arrive in blocks: x at the target, log sum exp, and entropy, FP32 [T] each."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets, self.top = targets, torch.full(targets.shape, float("-inf"))
+        self.total, self.weighted = torch.zeros_like(self.top), torch.zeros_like(self.top)
+        self.chosen = torch.empty_like(self.top)
+
+    def add(self, x: Tensor, at: int, width: int, first: int) -> None:
+        """Columns at .. at + width - 1 of x, which are the vocabulary from `first` on."""
+        share(
+            _cpu_statistics_kernel, len(x), 20 * len(x) * width, x, at, width, first, self.targets, self.chosen,
+            self.top, self.total, self.weighted,
+        )  # fmt: skip
+
+    def log_sum(self) -> Tensor:
+        return self.top + self.total.log()
+
+    def entropy(self) -> Tensor:
+        return self.log_sum() - self.weighted / self.total
+
+
 def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the blocks of x: x at the target, log sum exp, and entropy, FP32 [T] each."""
-    top = torch.full(targets.shape, float("-inf"))
-    total, weighted, chosen = torch.zeros_like(top), torch.zeros_like(top), torch.empty_like(top)
+    statistics = _Statistics(targets)
     for first, x in blocks:
-        share(_cpu_statistics_kernel, len(x), 20 * x.numel(), x, first, targets, chosen, top, total, weighted)
-    log_sum = top + total.log()
-    return chosen, log_sum, log_sum - weighted / total
+        statistics.add(x, 0, x.shape[1], first)
+    return statistics.chosen, statistics.log_sum(), statistics.entropy()
+
+
+def cpu_rows(hidden: Tensor, weight: Tensor, temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x FP32 [T, V] and its log sums [T]: their difference are the log-probs of the whole vocabulary."""
+    x = row_invariant_matmul_by_parts(hidden, weight.to(dtype).float(), VOCAB_BLOCK)
+    x, statistics = _tempered(x, temperature), _Statistics(torch.zeros(len(hidden), dtype=torch.int64))
+    for first in range(0, x.shape[1], VOCAB_BLOCK):
+        statistics.add(x, first, min(VOCAB_BLOCK, x.shape[1] - first), first)
+    return x, statistics.log_sum()
 
 
 def softmax_gradient_(x: Tensor, first: int, targets: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
@@ -201,8 +236,5 @@ def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature, dty
         x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
-    blocks = list(logit_blocks(hidden, weight.to(dtype).float(), temperature))
-    nothing = torch.zeros(len(hidden), dtype=torch.int64)
-    log_sum = row_statistics(blocks, nothing)[1].unsqueeze(1)
-    parts = [x.sub_(log_sum) for _, x in blocks]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    x, log_sum = cpu_rows(hidden, weight, temperature, dtype)
+    return x.sub_(log_sum.unsqueeze(1))

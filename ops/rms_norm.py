@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ONE, ZERO, compiled, f32, fma, plain, share, sum_lanes
+from ops.compiled import ONE, ZERO, compiled, f32, fma, number, plain, readable, share, sum_lanes
 from ops.compiled import sigmoid as sigmoid_of
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
@@ -41,9 +41,11 @@ def _mean_square(x, lanes):
     for i in range(0, whole, 8):
         part = x[i : i + 8]
         for lane in range(8):
-            lanes[lane] = fma(part[lane], part[lane], lanes[lane])
+            value = number(part[lane])
+            lanes[lane] = fma(value, value, lanes[lane])
     for i in range(whole, x.shape[0]):
-        lanes[i - whole] = fma(x[i], x[i], lanes[i - whole])
+        value = number(x[i])
+        lanes[i - whole] = fma(value, value, lanes[i - whole])
     return sum_lanes(lanes) / f32(x.shape[0])
 
 
@@ -62,14 +64,14 @@ def _cpu_norm_kernel(begin, end, x, delta, weight, gate, eps, total, y, scale):
         if delta.shape[0] > 0:
             added, source = delta[row], total[row]
             for i in range(added.shape[0]):
-                source[i] = x[row, i] + added[i]
+                source[i] = x[row, i] + number(added[i])
         scale[row] = norm_scale(source, eps, lanes)
         for i in range(source.shape[0]):
             target[i] = source[i] * scale[row] * factors[i]
         if gate.shape[0] > 0:
             gates = gate[row]
             for i in range(source.shape[0]):
-                target[i] *= sigmoid_of(gates[i])
+                target[i] *= sigmoid_of(number(gates[i]))
 
 
 def _cpu_forward(
@@ -78,7 +80,7 @@ def _cpu_forward(
     """The sum, its norm, and the scale of each row [..., R, 1]."""
     y, scale, dim = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1), x.shape[-1]
     total, none = x if delta is None else torch.empty_like(x), x.new_empty(0, dim)
-    rows = (none if each is None else plain(each).view(-1, dim) for each in (x, delta, gate))
+    rows = (none if each is None else readable(each).view(-1, dim) for each in (x, delta, gate))
     values, added, gates = rows
     share(
         _cpu_norm_kernel, len(values), 8 * x.numel(), values, added, weight, gates, f32(eps), total.view(-1, dim),

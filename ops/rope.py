@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import compiled, f32, plain, share
+from ops.compiled import compiled, f32, number, plain, share
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
 from ops.rms_norm import norm_backward, norm_scale, rms_norm_reference
@@ -63,7 +63,7 @@ def qk_norm_rope_reference(
 
 
 @compiled
-def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, scale):
+def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, v, scale):
     """Items are tokens; weight [H + K, d] may have no rows."""
     heads, kv_heads, dim, half = q.shape[1], k.shape[1], q.shape[2], table.shape[2]
     lanes, normed = np.empty(8, f32), np.empty(dim, f32)
@@ -75,9 +75,10 @@ def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, scale):
                 factors = weight[head]
                 scale[token, head] = norm_scale(x, eps, lanes)
                 for d in range(dim):
-                    normed[d] = x[d] * scale[token, head] * factors[d]
+                    normed[d] = number(x[d]) * scale[token, head] * factors[d]
             else:
-                normed[:] = x
+                for d in range(dim):
+                    normed[d] = number(x[d])
             # Two rounded products and one sum.
             second = normed[half:]
             for d in range(half):
@@ -86,6 +87,7 @@ def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, scale):
             for d in range(half):
                 turned[d] = second[d] * cos[d] + normed[d] * sin[d]
             y[2 * half :] = normed[2 * half :]
+        v[token] = qkv[token, heads + kv_heads :]
 
 
 def _turn_back(grad: Tensor, table: Tensor, position_ids: Tensor) -> Tensor:
@@ -105,13 +107,14 @@ class _CpuQKNormRope(torch.autograd.Function):
     def forward(
         ctx: Any, qkv: Tensor, weight: Tensor | None, heads: int, table: Tensor, position_ids: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (tokens, all_heads, dim), x = qkv.shape, plain(qkv)
+        (tokens, all_heads, dim), qkv = qkv.shape, qkv.contiguous()
         kv_heads = (all_heads - heads) // 2
-        q, k = x.new_empty(tokens, heads, dim), x.new_empty(tokens, kv_heads, dim)
-        scale, factors = x.new_empty(tokens, heads + kv_heads), x.new_empty(0, dim) if weight is None else plain(weight)
-        share(_cpu_kernel, tokens, 12 * x.numel(), x, factors, table, position_ids, f32(eps), q, k, scale)
+        q, k = torch.empty(tokens, heads, dim), torch.empty(tokens, kv_heads, dim)
+        v, scale = torch.empty(tokens, kv_heads, dim, dtype=qkv.dtype), torch.empty(tokens, heads + kv_heads)
+        factors = torch.empty(0, dim) if weight is None else plain(weight)
+        share(_cpu_kernel, tokens, 12 * qkv.numel(), qkv, factors, table, position_ids, f32(eps), q, k, v, scale)
         ctx.save_for_backward(qkv, weight, table, position_ids, scale)
-        return q, k, qkv[:, heads + kv_heads :].clone()
+        return q, k, v
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:

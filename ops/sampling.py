@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.compiled import compiled, exp, share, sum_lanes
+from ops.compiled import compiled, exp, f32, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
-from ops.log_probs import full_log_probs
+from ops.log_probs import cpu_rows, full_log_probs, per_row
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -54,59 +54,83 @@ _WALK = 256  # tokens whose mass is summed before it joins the total: first the 
 
 
 @compiled
-def _cpu_exp_kernel(begin, end, rows, probabilities):
-    for row in range(begin, end):
-        x, p = rows[row], probabilities[row]
-        for i in range(x.shape[0]):
-            p[i] = exp(x[i])
+def _subtract(x, shift):
+    for i in range(x.shape[0]):
+        x[i] -= shift
 
 
 @compiled
-def _cpu_draw_kernel(begin, end, probabilities, uniform, tokens, mass):
-    """Items are rows: the token, and the mass of all. Sums in FP64."""
-    vocabulary = probabilities.shape[1]
-    runs, lanes = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(_LANES)
+def _exponentiate(x, p):
+    for i in range(x.shape[0]):
+        p[i] = exp(x[i])
+
+
+@compiled
+def _draw_from(p, uniform, runs, lanes):
+    """The token, and the mass of all. Sums in FP64."""
+    vocabulary, total = p.shape[0], 0.0
+    for run in range(runs.shape[0]):
+        part = p[run * _WALK : min((run + 1) * _WALK, vocabulary)]
+        lanes[:] = 0.0
+        whole = part.shape[0] - part.shape[0] % _LANES
+        for i in range(0, whole, _LANES):
+            some = part[i : i + _LANES]
+            for lane in range(_LANES):
+                lanes[lane] += some[lane]
+        for i in range(whole, part.shape[0]):
+            lanes[i - whole] += part[i]
+        runs[run] = sum_lanes(lanes)
+        total += runs[run]
+    threshold, before, run = uniform * total, 0.0, 0
+    while run < runs.shape[0] - 1 and before + runs[run] <= threshold:
+        before += runs[run]
+        run += 1
+    token = min((run + 1) * _WALK, vocabulary) - 1
+    for i in range(run * _WALK, token + 1):
+        before += p[i]
+        if before > threshold:
+            token = i
+            break
+    while p[token] == 0.0 and token > 0:  # rounding left the threshold beyond the last sum
+        token -= 1
+    return token, total
+
+
+@compiled
+def _cpu_draw_kernel(begin, end, rows, shift, limited, uniform, tokens, processed):
+    """Items are rows, from which `shift` is subtracted. Drawn is from `limited`, or from all if that has no rows."""
+    vocabulary = rows.shape[1]
+    runs, lanes, every = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(_LANES), np.empty(vocabulary, f32)
     for row in range(begin, end):
-        p, total = probabilities[row], 0.0
-        for run in range(runs.shape[0]):
-            part = p[run * _WALK : min((run + 1) * _WALK, vocabulary)]
-            lanes[:] = 0.0
-            whole = part.shape[0] - part.shape[0] % _LANES
-            for i in range(0, whole, _LANES):
-                some = part[i : i + _LANES]
-                for lane in range(_LANES):
-                    lanes[lane] += some[lane]
-            for i in range(whole, part.shape[0]):
-                lanes[i - whole] += part[i]
-            runs[run] = sum_lanes(lanes)
-            total += runs[run]
-        threshold, before, run = uniform[row] * total, 0.0, 0
-        while run < runs.shape[0] - 1 and before + runs[run] <= threshold:
-            before += runs[run]
-            run += 1
-        token = min((run + 1) * _WALK, vocabulary) - 1
-        for i in range(run * _WALK, token + 1):
-            before += p[i]
-            if before > threshold:
-                token = i
-                break
-        while p[token] == 0.0 and token > 0:  # rounding left the threshold beyond the last sum
-            token -= 1
-        tokens[row], mass[row] = token, total
+        _subtract(rows[row], shift[row])
+        p = limited[row] if limited.shape[0] > 0 else every
+        if limited.shape[0] == 0:
+            _exponentiate(rows[row], every)
+        token, mass = _draw_from(p, uniform[row], runs, lanes)
+        tokens[row], processed[row] = token, np.log(p[token] / mass)
+
+
+@compiled
+def _cpu_exp_kernel(begin, end, rows, probabilities):
+    for row in range(begin, end):
+        _exponentiate(rows[row], probabilities[row])
 
 
 def _cpu_draw(
-    rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """rows: log-probs FP32 [B, V] -> tokens int64 [B] and their processed log-probs."""
-    probabilities = torch.empty_like(rows)
-    share(_cpu_exp_kernel, len(rows), 10 * rows.numel(), rows, probabilities)
+    rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
+    shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """rows: FP32 [B, V], log-probs once `shift` [B] is subtracted in place -> tokens int64 [B] and their processed
+    log-probs."""
+    shift = torch.zeros(len(rows)) if shift is None else shift
+    limited = rows.new_empty(0, rows.shape[1])
     if bool((top_p < 1).any() or (top_k > 0).any() or (min_p > 0).any()):
-        probabilities = _truncate(probabilities.double(), top_p, top_k, min_p).float()
-    tokens, mass = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows), dtype=torch.float64)
-    share(_cpu_draw_kernel, len(rows), 4 * rows.numel(), probabilities, uniform, tokens, mass)
-    chosen = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1).double()
-    processed = (chosen / mass).log().float()
+        rows.sub_(shift.unsqueeze(1))
+        shift, probabilities = torch.zeros_like(shift), torch.empty_like(rows)
+        share(_cpu_exp_kernel, len(rows), 10 * rows.numel(), rows, probabilities)
+        limited = _truncate(probabilities.double(), top_p, top_k, min_p).float()
+    tokens, processed = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
+    share(_cpu_draw_kernel, len(rows), 15 * rows.numel(), rows, shift, limited, uniform, tokens, processed)
     greedy = temperature == 0
     if bool(greedy.any()):
         vocabulary = torch.arange(rows.shape[1])
@@ -285,10 +309,15 @@ def sample(
     so their order is nothing: as SGLang has it ("joint"). Transformers (top-k, top-p, min-p) and vLLM (min-p, top-k,
     top-p) measure each on what the one before has left, which is another set where top_p comes after another limit.
     """
-    rows = full_log_probs(hidden, weight, torch.where(temperature == 0, 1.0, temperature), dtype)
-    draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _cpu_draw
-    allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
-    tokens, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
+    divisor = torch.where(temperature == 0, 1.0, temperature)
+    if banned is None and choose("sample", hidden) is not Path.TRITON:  # one pass over the vocabulary less
+        rows, log_sum = cpu_rows(hidden, weight, per_row(divisor, hidden), dtype)
+        tokens, processed = _cpu_draw(rows, temperature, top_p, top_k, min_p, uniform, log_sum)
+    else:
+        rows = full_log_probs(hidden, weight, divisor, dtype)
+        draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _cpu_draw
+        allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
+        tokens, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
     inside = tokens.clamp(0, rows.shape[1] - 1)  # a kernel that is compiled and not run leaves tokens undefined
     return tokens, rows.gather(1, inside.unsqueeze(1)).squeeze(1), rows, processed
 

@@ -6,7 +6,7 @@ q [T, H, d], k, v [T, K, d] -> o FP32 [T, H, d]. Keys lie in blocks of C positio
 positions alone decide, and a key that a row must not see adds nothing. So a row's bits depend on its own sequence
 alone, and a query row of decode equals the same row in training.
 
-The CPU path is FP32 throughout, and keeps the keys of a block transposed. The Triton path multiplies in the dtype of v
+The CPU path is FP32 throughout, and keeps the keys of a block in panels. The Triton path multiplies in the dtype of v
 (BF16, or FP32 without TF32) and accumulates, exponentiates and merges in FP32; every (query tile, key block) pair is
 one product of one shape there.
 
@@ -25,7 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ZERO, add_weighted, compiled, exp, f32, fma, largest, plain, share, sum_lanes
+from ops.compiled import (
+    ZERO,
+    add_weighted,
+    compiled,
+    exp,
+    f32,
+    largest,
+    number,
+    panels_of,
+    plain,
+    readable,
+    score_keys,
+    share,
+    sum_lanes,
+)
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
 from ops.layout import ChunkLayout
@@ -66,26 +80,6 @@ def _gather_queries(q, begin, head, row, rows, groups, scale, out):
         query = q[begin + (row + r) // groups, head * groups + (row + r) % groups]
         for d in range(q.shape[2]):
             out[r, d] = query[d] * scale
-
-
-@compiled
-def _score_block(queries, rows, keys, scores, first):
-    """scores [rows, first .. first + C] of one key block [d, C]."""
-    dim, chunk = keys.shape
-    for r in range(rows):
-        query, row = queries[r], scores[r, first : first + chunk]
-        for j in range(chunk):
-            row[j] = ZERO
-        whole = dim - dim % 4
-        for d in range(0, whole, 4):
-            q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
-            k0, k1, k2, k3 = keys[d], keys[d + 1], keys[d + 2], keys[d + 3]
-            for j in range(chunk):
-                row[j] = fma(q3, k3[j], fma(q2, k2[j], fma(q1, k1[j], fma(q0, k0[j], row[j]))))
-        for d in range(whole, dim):
-            q0, k0 = query[d], keys[d]
-            for j in range(chunk):
-                row[j] = fma(q0, k0[j], row[j])
 
 
 @compiled
@@ -132,7 +126,7 @@ def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, su
 def _cpu_attention_kernel(
     begin, end, q, keys, values, table, tile_sequence, tile_chunk, begins, starts, lengths, scale, segment, out, log_sum
 ):
-    """Items are pairs of a tile and a key-value head. keys [blocks, K, d, C], values [blocks, K, C, d]."""
+    """Items are pairs of a tile and a key-value head. keys [blocks, K, C / W, d, W], values [blocks, K, C, d]."""
     kv_heads, chunk, dim = values.shape[1:]
     groups = q.shape[1] // kv_heads
     queries, sums, part = np.empty((_ROWS, dim), f32), np.empty((_ROWS, dim), f32), np.empty((_ROWS, dim), f32)
@@ -147,11 +141,15 @@ def _cpu_attention_kernel(
         for row in range(0, tokens * groups, _ROWS):
             rows = min(_ROWS, tokens * groups - row)
             _gather_queries(q, token, head, row, rows, groups, scale, queries)
+            for r in range(rows):
+                keys_seen[r] = position + (row + r) // groups + 1
             for b in range(blocks):
-                _score_block(queries, rows, keys[table[sequence, b], head], scores, b * chunk)
+                block = keys[table[sequence, b], head]
+                for r in range(rows):
+                    count = min(chunk, keys_seen[r] - b * chunk)
+                    score_keys(queries[r], block, count, scores[r, b * chunk :])
             for r in range(rows):
                 at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups
-                keys_seen[r] = position + (row + r) // groups + 1
                 top, totals[r] = _exponentiate(scores[r], keys_seen[r], segment, lanes)
                 log_sum[at, query_head] = top + np.log(totals[r])
             _attend_rows(rows, scores, keys_seen, table[sequence], values, head, segment, part, sums)
@@ -164,18 +162,16 @@ def _cpu_attention_kernel(
 @compiled
 def _cpu_append_kernel(begin, end, k, v, tokens_block, tokens_row, keys, values):
     """Items are tokens: their keys [K, d] and values go to a row of a block."""
+    width = keys.shape[4]
     for token in range(begin, end):
         block, row = tokens_block[token], tokens_row[token]
         for head in range(k.shape[1]):
-            for d in range(k.shape[2]):
-                keys[block, head, d, row] = k[token, head, d]
-                values[block, head, row, d] = v[token, head, d]
-
-
-def _transposed(keys: Tensor) -> Tensor:
-    """Key blocks [blocks, K, C, d] as the CPU path fills their memory, [blocks, K, d, C]: neighbouring keys lie side by
-    side, for vector instructions."""
-    return keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2])
+            key, value = k[token, head], v[token, head]
+            panel, target = keys[block, head, row // width], values[block, head, row]
+            for d in range(key.shape[0]):
+                panel[d, row % width] = key[d]
+            for d in range(key.shape[0]):
+                target[d] = number(value[d])
 
 
 def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> tuple[Tensor, Tensor]:
@@ -183,8 +179,8 @@ def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: Pag
     assert cache.key.dtype == cache.value.dtype == torch.float32, "the CPU path multiplies in FP32"
     table = layout.planned("blocks", cache.block_table, lambda: torch.as_tensor(cache.block_table).numpy())
     blocks = layout.planned("places", cache.block_table, lambda: table[layout.token_sequence, layout.token_chunk])
-    q, k, v = (plain(x) for x in (q, k, v))
-    keys, (tokens, heads, dim) = _transposed(cache.key), q.shape
+    q, k, v = plain(q), plain(k), readable(v)
+    keys, (tokens, heads, dim) = panels_of(cache.key), q.shape
     share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, blocks, layout.token_row, keys, cache.value)
     out, log_sum = torch.empty_like(q), q.new_empty(tokens, heads)
     operations = 4 * heads * dim * layout.keys_seen
@@ -201,12 +197,12 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[
     keys, values = torch.zeros(2, layout.num_tiles, k.shape[1], layout.chunk_size, k.shape[2]).unbind(0)
     own = PagedCache(keys, values, layout.sequence_tiles)
     out, log_sum = _cpu_attend(q, k, v, layout, own)
-    return out, (q, _transposed(own.key).transpose(2, 3), own.value, out, log_sum)
+    return out, (q, k, own.value, out, log_sum)
 
 
 def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
     q, k, v, out, log_sum = saved
-    q, grad, out = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, grad, out))
+    q, k, grad, out = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, k.float(), grad, out))
     log_sum = layout.into_tiles(log_sum.unsqueeze(-1))
     mean = (grad * out).sum(-1, keepdim=True)
     grads = torch.zeros_like(q), torch.zeros_like(v), torch.zeros_like(v)
@@ -627,12 +623,18 @@ def _write_new_keys(k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache
     table = torch.as_tensor(cache.block_table, device=k.device)
     block, row = layout.position_ids // layout.chunk_size, layout.position_ids % layout.chunk_size
     places = table[torch.from_numpy(layout.token_sequence).to(k.device), block]
-    _key_blocks(cache)[places, :, row], cache.value[places, :, row] = k.to(cache.key.dtype), v.to(cache.value.dtype)
+    cache.value[places, :, row] = v.to(cache.value.dtype)
+    if k.is_cuda:
+        cache.key[places, :, row] = k.to(cache.key.dtype)
+    else:
+        width = panels_of(cache.key).shape[-1]
+        panels_of(cache.key)[places, :, row // width, :, row % width] = k.to(cache.key.dtype)
 
 
-def _key_blocks(cache: PagedCache) -> Tensor:
-    """[blocks, K, C, d], however they lie."""
-    return cache.key if cache.key.is_cuda else _transposed(cache.key).transpose(2, 3)
+def _blocks_of(cache: PagedCache, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [*pages, K, C, d]."""
+    keys, values = cache.key[pages], cache.value[pages]
+    return keys if keys.is_cuda else panels_of(keys).transpose(-1, -2).reshape(keys.shape), values
 
 
 def _fast(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache | None) -> Tensor:
@@ -648,7 +650,7 @@ def _fast(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCach
 def _fast_decode(q: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
     """All sequences at once, padded to the longest; the heads of a group are rows of one matrix."""
     pages = torch.as_tensor(cache.block_table, device=q.device)[:, : int(layout.tile_chunk.max()) + 1]
-    keys, values = (pool[pages].transpose(1, 2).flatten(2, 3).to(q.dtype) for pool in (_key_blocks(cache), cache.value))
+    keys, values = (blocks.transpose(1, 2).flatten(2, 3).to(q.dtype) for blocks in _blocks_of(cache, pages))
     seen = torch.arange(keys.shape[2], device=q.device) <= layout.position_ids[:, None]
     groups = q.unflatten(1, (keys.shape[1], -1))
     return F.scaled_dot_product_attention(groups, keys, values, attn_mask=seen[:, None, None]).flatten(1, 2)
@@ -660,9 +662,7 @@ def _fast_prefill(q: Tensor, layout: ChunkLayout, cache: PagedCache) -> Tensor:
     for s, queries in enumerate(q.split(layout.lengths.tolist())):
         end = int(layout.starts[s] + layout.lengths[s])
         pages = table[s, : -(-end // layout.chunk_size)]
-        keys, values = (
-            pool[pages].transpose(0, 1).flatten(1, 2).to(q.dtype) for pool in (_key_blocks(cache), cache.value)
-        )
+        keys, values = (blocks.transpose(0, 1).flatten(1, 2).to(q.dtype) for blocks in _blocks_of(cache, pages))
         seen = torch.arange(keys.shape[1], device=q.device) <= positions[s][:, None]
         queries, keys, values = queries.transpose(0, 1)[None], keys[None], values[None]
         outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=True)[0])

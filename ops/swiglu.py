@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import compiled, plain, share
+from ops.compiled import compiled, number, share, stored
 from ops.compiled import sigmoid as sigmoid_of
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
@@ -31,14 +31,15 @@ def _cpu_kernel(begin, end, gate_up, y):
     for row in range(begin, end):
         gates, ups, target = gate_up[row, :width], gate_up[row, width:], y[row]
         for i in range(width):
-            target[i] = sigmoid_of(gates[i]) * gates[i] * ups[i]
+            value = number(gates[i])
+            target[i] = stored(sigmoid_of(value) * value * number(ups[i]), y)
 
 
 def _cpu_forward(gate_up: Tensor) -> Tensor:
-    rows = plain(gate_up).view(-1, gate_up.shape[-1])
+    rows = gate_up.reshape(-1, gate_up.shape[-1])
     y = rows.new_empty(len(rows), rows.shape[1] // 2)
     share(_cpu_kernel, len(rows), 20 * y.numel(), rows, y)
-    return y.view(*gate_up.shape[:-1], -1).to(gate_up.dtype)
+    return y.view(*gate_up.shape[:-1], -1)
 
 
 def _cpu_backward(gate_up: Tensor, grad: Tensor) -> Tensor:

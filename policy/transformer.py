@@ -76,11 +76,15 @@ class RMSNorm(nn.Module):
     def __init__(self, features: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features))
-        self.eps, self.dtype = eps, dtype
+        self.eps, self.dtype, self.rounded = eps, dtype, False
+
+    def scales(self) -> Tensor:
+        """The weight as it is multiplied, FP32 [D]."""
+        return self.weight if self.rounded and self.weight.dtype == torch.float32 else _fp32(self.weight, self.dtype)
 
     def after(self, h: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """The residual stream h with a layer's output added, and its norm."""
-        weight = _fp32(self.weight, self.dtype)
+        weight = self.scales()
         return (h, ops.rms_norm(h, weight, self.eps)) if delta is None else ops.add_rms_norm(h, delta, weight, self.eps)
 
 
@@ -101,8 +105,8 @@ class Attention(nn.Module):
     def qkv(self, x: Tensor, rope: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> q [T, H, d], k and v [T, K, d]."""
         heads = self.query_key_value(x).unflatten(-1, (-1, self.head_dim))
-        q_weight = _fp32(self.query_layernorm.weight, self.dtype) if self.normed else None
-        k_weight = _fp32(self.key_layernorm.weight, self.dtype) if self.normed else None
+        q_weight = self.query_layernorm.scales() if self.normed else None
+        k_weight = self.key_layernorm.scales() if self.normed else None
         return ops.qk_norm_rope(heads, q_weight, k_weight, self.heads, rope, position_ids, self.eps)
 
 
@@ -136,8 +140,7 @@ class LightningAttention(Attention):
         q, k, v = self.qkv(x, rope, layout.position_ids)
         states = cache.linear_layer(self.layer) if cache else None
         o = ops.lightning_attention(q, k, v, self.decay, layout, states).flatten(1)
-        weight = _fp32(self.g_norm.weight, self.dtype)
-        return self.dense(ops.grouped_rms_norm_gate(o, weight, self.g_proj(x), self.groups, self.eps))
+        return self.dense(ops.grouped_rms_norm_gate(o, self.g_norm.scales(), self.g_proj(x), self.groups, self.eps))
 
 
 class MLP(nn.Module):
@@ -297,16 +300,17 @@ class Policy(nn.Module):
 
     def to_working_dtype(self, device: torch.device | None = None) -> "Policy":
         """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the rounded numbers are stored in
-        the type in which they are multiplied there: the head in FP32, matrices too where there are no BF16 units."""
+        the type in which they are multiplied there: head and vectors in FP32, matrices too if BF16 units are no use."""
         device = device or self.device
         for parameter in self.parameters():
             rounded, stored = parameter.data.to(self.dtype), self.dtype
-            if device.type == "cpu" and parameter.ndim > 1:
-                stored = torch.float32 if parameter is self.lm_head else ops.product_dtype(self.dtype)
+            if device.type == "cpu":
+                in_fp32 = parameter is self.lm_head or parameter.ndim == 1
+                stored = torch.float32 if in_fp32 else ops.product_dtype(self.dtype, parameter.shape[-1])
             parameter.data = rounded.to(stored)
             parameter.requires_grad_(False)
         for module in self.modules():
-            if isinstance(module, (Linear, MoE)):
+            if isinstance(module, (Linear, RMSNorm, MoE)):
                 module.rounded = True
         self.is_rounded = True
         return self.to(device)

@@ -10,7 +10,8 @@ from rl.doctor_probe import Probe, RowPath, normal
 BATCH = 2048
 HIDDEN, WIDTH, EXPERT_WIDTH, HEADS, HEAD_DIM, EPS = 128, 384, 96, 4, 32, 1e-6
 EXPERTS, TOP_K, GROUPS, TOP_GROUPS = 8, 2, 2, 1
-LINEAR_SHAPES = ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN), (EXPERT_WIDTH, HIDDEN), (512, 1536))  # in, out features
+# In and out features. Libraries cut long sums for several threads.
+LINEAR_SHAPES = ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN), (EXPERT_WIDTH, HIDDEN), (512, 1536), (1280, 96))
 
 
 def _linear(dtype: torch.dtype) -> dict[str, RowPath]:

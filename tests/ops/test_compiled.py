@@ -1,6 +1,8 @@
 """Compiled CPU kernels: what they compute with, how threads share their items, and what happens without Numba."""
 
 import math
+import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops import compiled
-from ops.compiled import array, exp, plain, share, sigmoid
+from ops.compiled import add_weighted, array, exp, number, panels_of, plain, score_keys, share, sigmoid
 
 
 @compiled.compiled
@@ -30,6 +32,27 @@ def _sigmoid_kernel(begin, end, x, y):  # type: ignore[no-untyped-def]
 def _count_kernel(begin, end, visits):  # type: ignore[no-untyped-def]
     for i in range(begin, end):
         visits[i] += 1
+
+
+@compiled.compiled
+def _mark_kernel(begin, end, ends):  # type: ignore[no-untyped-def]
+    ends[begin] = end
+
+
+@compiled.compiled
+def _read_kernel(begin, end, x, y):  # type: ignore[no-untyped-def]
+    for i in range(begin, end):
+        y[i] = number(x[i])
+
+
+@compiled.compiled
+def _weighted_kernel(begin, end, weights, rows, out):  # type: ignore[no-untyped-def]
+    add_weighted(weights, rows, len(weights), out)
+
+
+@compiled.compiled
+def _score_kernel(begin, end, query, keys, scores):  # type: ignore[no-untyped-def]
+    score_keys(query, keys, end, scores)
 
 
 def of_all(kernel: object, x: Tensor) -> Tensor:
@@ -76,23 +99,75 @@ def test_threads_share_out_every_item_once(items: int, threads: int) -> None:
     assert visits.tolist() == [1] * items
 
 
+def parts_of(items: int, operations: int) -> dict[int, int]:
+    """Begin and end of each call that `share` makes."""
+    ends = np.zeros(items, dtype=np.int64)
+    share(_mark_kernel, items, operations, ends)
+    return {int(begin): int(ends[begin]) for begin in np.flatnonzero(ends)}
+
+
 def test_little_work_stays_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = list[tuple[int, int]]()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    share(lambda begin, end: calls.append((begin, end)), 100, 2 * compiled.MIN_SHARE - 1)
-    assert calls == [(0, 100)]
-    share(lambda begin, end: calls.append((begin, end)), 100, 2 * compiled.MIN_SHARE)
-    assert sorted(calls[1:]) == [(0, 50), (50, 100)]
+    assert parts_of(100, 2 * compiled.MIN_SHARE - 1) == {0: 100}
+    assert parts_of(100, 2 * compiled.MIN_SHARE) == {0: 50, 50: 100}
 
 
-def test_an_error_in_another_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail_later(begin: int, end: int) -> None:
-        if begin:
-            raise FloatingPointError("in the second half")
-
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_and_a_machine_without_openmp_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(FloatingPointError, match="second half"):
-        share(fail_later, 2, 10 * compiled.MIN_SHARE)
+    assert parts_of(10, 10 * compiled.MIN_SHARE) == {0: 5, 5: 10}
+    if not (child := os.fork()):
+        os._exit(0 if parts_of(10, 10 * compiled.MIN_SHARE) == {0: 10} else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    monkeypatch.setattr(compiled, "has_openmp", lambda: False)
+    assert parts_of(10, 10 * compiled.MIN_SHARE) == {0: 10}
+
+
+def test_several_threads_may_share_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    visits = [np.zeros(1000, dtype=np.int64) for _ in range(4)]
+
+    def count(mine: np.ndarray) -> None:
+        for _ in range(50):
+            share(_count_kernel, len(mine), 10 * compiled.MIN_SHARE, mine)
+
+    threads = [threading.Thread(target=count, args=(mine,)) for mine in visits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((mine == 50).all() for mine in visits)
+
+
+@given(st.integers(0, 9), st.sampled_from([1, 3, 16, 17, 31, 32, 48, 64, 65, 112, 130]))
+def test_weighted_sums_are_added_one_after_another(count: int, width: int) -> None:
+    """Each step is `fma`, the same by panels and alone; NumPy's long double of 64 bits rounds like it here."""
+    weights, rows, out = (torch.randn(*shape) for shape in ((count,), (count, width), (width,)))
+    expected = out.numpy().copy()
+    for weight, row in zip(weights.numpy(), rows.numpy(), strict=True):
+        expected = (row.astype(np.longdouble) * weight + expected).astype(np.float32)
+    share(_weighted_kernel, 1, 0, weights, rows, out)
+    assert np.array_equal(out.numpy(), expected)
+
+
+@pytest.mark.parametrize(("chunk", "dim"), [(4, 3), (16, 8), (64, 24), (80, 5), (112, 1)])
+def test_scores_of_keys_are_the_same_in_panels_of_any_number(chunk: int, dim: int) -> None:
+    query, keys = torch.randn(dim), torch.full((chunk, dim), torch.nan)
+    panels, scores = panels_of(keys), torch.empty(chunk)
+    expected = torch.zeros(chunk)
+    for row in range(chunk):
+        key = torch.randn(dim)
+        panels[row // panels.shape[2], :, row % panels.shape[2]] = key
+        share(_weighted_kernel, 1, 0, query, key.unsqueeze(1), expected[row : row + 1])
+        share(_score_kernel, row + 1, 0, query, panels, scores)
+        assert torch.equal(scores[: row + 1], expected[: row + 1])
+
+
+def test_bf16_arrives_as_bits_and_is_read_as_numbers() -> None:
+    x = torch.tensor([1.0, -0.0, 3.140625, math.inf, -math.nan, 2.0**-133]).bfloat16()
+    y = torch.empty(len(x))
+    share(_read_kernel, len(x), 0, x, y)
+    assert torch.equal(y.view(torch.int32), x.float().view(torch.int32))
 
 
 def test_only_contiguous_memory_is_shown_to_kernels() -> None:

@@ -56,7 +56,13 @@ def test_dtypes() -> None:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 1), (19, 7), (32, 8), (48, 33), (64, 64), (96, 128), (301, 257), (1280, 24)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1), (19, 7), (32, 8), (48, 33), (64, 64), (96, 128), (301, 257), (480, 1536), (481, 96), (768, 96),
+        (1280, 24), (1024, 512), (4096, 64),
+    ],
+)  # fmt: skip
 def test_row_bits_do_not_depend_on_the_batch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     """Terms that cancel: what is left of a sum is its rounding error, which shows the order even in BF16."""
     inner, outer = shape
