@@ -17,7 +17,7 @@ from ops.fp8 import (
 )
 from ops.gradients import clip_gradients, gradient_norm, gradient_norm_reference
 from ops.layout import ChunkLayout
-from ops.linear import fp32_linear, linear, linear_reference, product_dtype
+from ops.linear import fp32_linear, linear, linear_reference, pack_weight, product_dtype
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
 from ops.rms_norm import (
@@ -67,6 +67,7 @@ __all__ = [
     "log_probs",
     "log_probs_reference",
     "most_likely",
+    "pack_weight",
     "philox",
     "product_dtype",
     "qk_norm_rope",

@@ -17,7 +17,7 @@ from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.fp8 import GROUP, Fp8Weight, Quantized, quantize_rows, quantize_weight, swiglu_quantize
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
-from ops.linear import grouped_linear, padded_rows, product_dtype
+from ops.linear import grouped_linear, padded_rows
 from ops.swiglu import swiglu
 from ops.tiles import grouped_tile, tile_product
 
@@ -37,6 +37,9 @@ def experts_reference(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, wei
 # The CPU path.
 
 
+Packed = tuple[Tensor | None, Tensor | None]  # gate_up and down
+
+
 @dataclass(frozen=True)
 class _ExpertRows:
     """Where assignments go: rows grouped by expert, ascending tokens inside each group, groups padded in length."""
@@ -47,12 +50,19 @@ class _ExpertRows:
 
 
 def _cpu_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    rounded: bool,
+    packed: Packed,
 ) -> Tensor:
-    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], product_dtype(dtype, gate_up.shape[2]))
+    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
     gathered = apply(_Permute, x.to(dtype), rows.source, rows.place)
-    hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded))
-    outputs = grouped_linear(hidden, down, rows.counts, dtype, rounded)
+    hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded, packed[0]))
+    outputs = grouped_linear(hidden, down, rows.counts, dtype, rounded, packed[1])
     y: Tensor = apply(_Combine, outputs, weights, rows.source, rows.place)
     return y
 
@@ -396,14 +406,21 @@ class _SumSlots(torch.autograd.Function):
 
 
 def experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool = False
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype,
+    rounded: bool = False,
+    packed: Packed = (None, None),
 ) -> Tensor:
     """x FP32 [T, D], gate_up [E, 2F, D], down [E, D, F], ids and weights [T, k] from `route` -> FP32 [T, D].
 
-    rounded: both matrices hold numbers of `dtype` already, as in `linear`.
+    rounded: both matrices hold numbers of `dtype` already, as in `linear`; packed: `pack_weight` of both.
     """
     if choose("experts", x) is not Path.TRITON:
-        return _cpu_experts(x, gate_up, down, ids, weights, dtype, rounded)
+        return _cpu_experts(x, gate_up, down, ids, weights, dtype, rounded, packed)
     plan = _plan(ids, gate_up.shape[0])
     hidden = swiglu(apply(_GroupedLinear, x, gate_up, plan, True, dtype))
     y: Tensor = apply(_SumSlots, apply(_GroupedLinear, hidden, down, plan, False, dtype), weights, plan)

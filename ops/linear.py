@@ -7,9 +7,9 @@ x [..., K] any float dtype, W [N, K] -> y [..., N]. Design A1: row m of y has th
 Stock torch keeps that promise on a CPU under the conditions of `row_invariant_matmul`, found by measurement;
 `lockstep doctor` proves them on the machine at hand. On a GPU, `ops.matmul` keeps it.
 
-BF16 operands are multiplied as the FP32 numbers that they are, and y rounded once, where BF16 units are of no use: on a
-CPU without them, which is ten times as fast there (80 against 8 GFLOP/s on one AVX2 core), and for sums of more than
-`BF16_TERMS` terms, which oneDNN cuts differently for every number of rows and threads on a CPU with AMX.
+A CPU with AMX multiplies BF16 operands by `ops.amx`: there oneDNN cuts longer sums differently for every number of rows
+and threads. A CPU without BF16 units multiplies them as the FP32 numbers that they are and rounds y once: the same
+operator, ten times as fast there (80 against 8 GFLOP/s on one AVX2 core).
 """
 
 import os
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import amx
 from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned
@@ -36,27 +37,25 @@ ALIGNMENT = 16  # bytes, of each row's start
 FP32_COLUMNS = 4  # make ALIGNMENT
 BF16_ROWS = 2
 BF16_SMALL_PRODUCT = 4096  # rows x K x N: up to here torch does not call oneDNN
-BF16_TERMS = 480  # of a sum; equal bits up to here at 1, 2, 4 and 8 threads, N from 8 to 16,384
 # oneDNN compiles a kernel for every new number of rows (350 microseconds here, five times the product itself), so BF16
 # rows come in few sizes: powers of two, then steps.
 BF16_STEP = 64
 
 
 @cache
-def _has_bf16_units() -> bool:
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return supported
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which this CPU multiplies operands of `dtype`."""
+    emulated = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if emulated else dtype
 
 
-def product_dtype(dtype: torch.dtype, terms: int) -> torch.dtype:
-    """The type in which this CPU multiplies operands of `dtype` in sums of so many terms."""
-    use_units = terms <= BF16_TERMS and _has_bf16_units()
-    return dtype if dtype != torch.bfloat16 or use_units else torch.float32
+def _has_tiles(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and amx.has_amx()
 
 
-def _gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The same for gradients, which owe no row its bits."""
-    return product_dtype(dtype, 0)
+def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Weight [..., N, K] as `linear` multiplies it, for one that stays the same; None where it is taken as it is."""
+    return None if weight.is_cuda or not _has_tiles(dtype) else amx.pack(weight)
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,14 +63,17 @@ def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("...k,nk->...n", x, weight.to(x.dtype))
 
 
-def linear(x: Tensor, weight: Tensor, dtype: torch.dtype, rounded: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, rounded: bool = False, packed: Tensor | None = None
+) -> Tensor:
     """x [..., K], weight [N, K] -> [..., N] in `dtype`. Gradients come back in the dtypes of x and weight.
 
     rounded: the weight holds numbers of `dtype`, in whatever type it is stored; they are not rounded once more.
+    packed: `pack_weight` of the weight; else it is made here.
     """
     if choose("linear", x) is Path.FAST:
         return F.linear(x.to(dtype), weight.to(dtype))
-    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, dtype, rounded)
+    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, dtype, rounded, packed)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -82,13 +84,16 @@ def fp32_linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if choose("linear", x) is Path.FAST:
         return F.linear(x.float(), weight.to(dtype).float())
-    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, torch.float32, False)
+    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, torch.float32, False, None)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype, rounded: bool = False) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype, rounded: bool = False,
+    packed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One linear layer per group: x [M, K] in groups of `counts` rows, weight [E, N, K] -> [M, N] in `dtype`."""
-    y: Tensor = apply(_GroupedLinear, x, weight, counts, dtype, rounded)
+    y: Tensor = apply(_GroupedLinear, x, weight, counts, dtype, rounded, packed)
     return y
 
 
@@ -109,7 +114,7 @@ def row_invariant_matmul_by_parts(x: Tensor, weight: Tensor, part: int) -> Tenso
 
 def padded_rows(rows: int, weight_size: int, dtype: torch.dtype) -> int:
     """Rows to multiply in place of `rows` by a weight of `weight_size` = K x N elements."""
-    if dtype == torch.float32:
+    if product_dtype(dtype) == torch.float32:
         return -(-max(rows, FP32_ROWS_PER_THREAD * torch.get_num_threads()) // FP32_ROWS) * FP32_ROWS
     rows = max(rows, BF16_ROWS, BF16_SMALL_PRODUCT // weight_size + 1)
     if rows <= BF16_STEP:
@@ -137,7 +142,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, precision: torch.dtype, rounded: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        dtype: torch.dtype,
+        precision: torch.dtype,
+        rounded: bool,
+        packed: Tensor | None,
     ) -> Tensor:
         operand = x.to(precision)
         ctx.path = choose("linear", x)
@@ -145,21 +156,29 @@ class _Linear(torch.autograd.Function):
             operand, matrix = aligned(operand), aligned(weight.to(dtype))
             y = multiply(operand, matrix, precision)
         else:
-            matrix, multiplied = weight if rounded else weight.to(dtype), product_dtype(precision, weight.shape[1])
-            y = row_invariant_matmul(operand.to(multiplied), matrix.to(multiplied)).to(precision)
+            matrix = weight if rounded else weight.to(dtype)
+            y = _cpu_product(operand, matrix, packed)
         ctx.save_for_backward(operand, matrix)
         ctx.dtypes = x.dtype, weight.dtype
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         backward = _triton_backward if ctx.path is Path.TRITON else _cpu_backward
         operand, matrix = ctx.saved_tensors
-        return *backward(ctx, operand, matrix, grad.to(operand.dtype)), None, None, None
+        return *backward(ctx, operand, matrix, grad.to(operand.dtype)), None, None, None, None
+
+
+def _cpu_product(x: Tensor, matrix: Tensor, packed: Tensor | None) -> Tensor:
+    """x [M, K] times matrix [N, K]^T, which holds numbers of x's type in whatever type -> [M, N] in x's type."""
+    if _has_tiles(x.dtype):
+        return amx.multiply(x, amx.pack(matrix) if packed is None else packed, len(matrix), x.dtype)
+    multiplied = product_dtype(x.dtype)
+    return row_invariant_matmul(x.to(multiplied), matrix.to(multiplied)).to(x.dtype)
 
 
 def _cpu_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    (x_dtype, weight_dtype), (rows, inner), multiplied = ctx.dtypes, operand.shape, _gradient_dtype(operand.dtype)
+    (x_dtype, weight_dtype), (rows, inner), multiplied = ctx.dtypes, operand.shape, product_dtype(operand.dtype)
     operand, matrix = _padded(operand.to(multiplied), matrix.to(multiplied))
     grad = F.pad(grad.to(multiplied), (0, 0, 0, operand.shape[0] - rows))
     grad_x = (grad @ matrix)[:rows, :inner].to(x_dtype) if ctx.needs_input_grad[0] else None
@@ -177,21 +196,30 @@ def _triton_backward(ctx: Any, operand: Tensor, matrix: Tensor, grad: Tensor) ->
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype, rounded: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        counts: list[int],
+        dtype: torch.dtype,
+        rounded: bool,
+        packed: Tensor | None,
+    ) -> Tensor:
         operand, matrices = x.to(dtype), weight if rounded else weight.to(dtype)
         ctx.save_for_backward(operand, matrices)
-        ctx.counts, ctx.dtypes, multiplied = counts, (x.dtype, weight.dtype), product_dtype(dtype, weight.shape[2])
-        groups = zip(operand.to(multiplied).split(counts), matrices.to(multiplied).unbind(0), strict=True)
-        return torch.cat([row_invariant_matmul(rows, matrix) for rows, matrix in groups if len(rows)]).to(dtype)
+        ctx.counts, ctx.dtypes = counts, (x.dtype, weight.dtype)
+        used = [(expert, rows) for expert, rows in enumerate(operand.split(counts)) if len(rows)]
+        products = [_cpu_product(rows, matrices[e], None if packed is None else packed[e]) for e, rows in used]
+        return torch.cat(products)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x_dtype, weight_dtype = ctx.dtypes
-        operand, matrices = (saved.to(_gradient_dtype(saved.dtype)) for saved in ctx.saved_tensors)
+        operand, matrices = (saved.to(product_dtype(saved.dtype)) for saved in ctx.saved_tensors)
         grad = grad.to(operand.dtype)
         grad_x, grad_weight = torch.empty_like(operand), torch.empty_like(matrices)
         groups = zip(*(x.split(ctx.counts) for x in (grad, operand, grad_x)), strict=True)
         for expert, (grad_rows, rows, out) in enumerate(groups):
             torch.mm(grad_rows, matrices[expert], out=out)
             torch.mm(grad_rows.t(), rows, out=grad_weight[expert])
-        return grad_x.to(x_dtype), grad_weight.to(weight_dtype), None, None, None
+        return grad_x.to(x_dtype), grad_weight.to(weight_dtype), None, None, None, None

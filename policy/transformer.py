@@ -8,7 +8,8 @@ dtype first, so both see the same weights.
 Letters: T packed tokens, D model, H heads, K key-value heads, d head dimension, V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -39,19 +40,28 @@ def _fp32(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-class _Quantized:
-    """A weight in blockwise FP8, kept until the weight changes: quantised once per version in an engine (design A6)."""
+T = TypeVar("T")
 
-    def __init__(self) -> None:
+
+class _Kept(Generic[T]):
+    """What is made of a weight, kept until the weight changes: once per version in an engine (design A6)."""
+
+    _made: T
+
+    def __init__(self, make: Callable[[Tensor, torch.dtype], T]) -> None:
+        self._make = make
         self._of: tuple[Tensor, int] | None = None  # holding the tensor keeps its memory from being given to another
-        self._weight: ops.Fp8Weight
 
-    def __call__(self, weight: Tensor, dtype: torch.dtype) -> ops.Fp8Weight:
-        """weight [..., K] in any dtype, rounded to `dtype` first, as where it is trained -> [rows, K]."""
+    def __call__(self, weight: Tensor, dtype: torch.dtype) -> T:
         if self._of is None or (self._of[0].data_ptr(), self._of[1]) != (weight.data_ptr(), weight._version):
-            self._weight = ops.quantize_weight(weight.detach().flatten(0, -2).to(dtype))
+            self._made = self._make(weight.detach(), dtype)
             self._of = weight.detach(), weight._version
-        return self._weight
+        return self._made
+
+
+def _quantize(weight: Tensor, dtype: torch.dtype) -> ops.Fp8Weight:
+    """weight [..., K] in any dtype, rounded to `dtype` first, as where it is trained -> [rows, K]."""
+    return ops.quantize_weight(weight.flatten(0, -2).to(dtype))
 
 
 class Linear(nn.Module):
@@ -60,7 +70,8 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, fp8: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.dtype, self.fp8, self.rounded = dtype, _Quantized() if fp8 else None, False
+        self.dtype, self.fp8, self.packed = dtype, _Kept(_quantize) if fp8 else None, _Kept(ops.pack_weight)
+        self.rounded = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fp8 and not torch.is_grad_enabled():
@@ -69,7 +80,9 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor, weight: Tensor, rounded: bool = False) -> Tensor:
         """x [T, in], weight [out, in] in any dtype, rounded to the working dtype here unless it is -> [T, out]."""
-        return ops.fp8_linear(x, _fp32(weight, self.dtype)) if self.fp8 else ops.linear(x, weight, self.dtype, rounded)
+        if self.fp8:
+            return ops.fp8_linear(x, _fp32(weight, self.dtype))
+        return ops.linear(x, weight, self.dtype, rounded, self.packed(weight, self.dtype) if rounded else None)
 
 
 class RMSNorm(nn.Module):
@@ -169,7 +182,8 @@ class MoE(nn.Module):
         shared = config.moe_shared_expert_intermediate_size * config.num_shared_experts
         self.shared_experts = MLP(hidden, shared, dtype, config.fp8_linear) if shared else None
         self.config, self.dtype, self.rounded = config, dtype, False
-        self.fp8 = (_Quantized(), _Quantized()) if config.fp8_linear else None
+        self.fp8 = (_Kept(_quantize), _Kept(_quantize)) if config.fp8_linear else None
+        self.packed = _Kept(ops.pack_weight), _Kept(ops.pack_weight)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         c = self.config
@@ -194,7 +208,10 @@ class MoE(nn.Module):
 
     def _routed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.fp8 is None:
-            return ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype, self.rounded)
+            packed: tuple[Tensor | None, Tensor | None] = None, None
+            if self.rounded:
+                packed = self.packed[0](self.gate_up, self.dtype), self.packed[1](self.down, self.dtype)
+            return ops.experts(x, self.gate_up, self.down, ids, weights, self.dtype, self.rounded, packed)
         if torch.is_grad_enabled():
             gate_up, down = (_fp32(weight, self.dtype) for weight in (self.gate_up, self.down))
             return ops.trained_fp8_experts(x, gate_up, down, ids, weights)
@@ -300,13 +317,13 @@ class Policy(nn.Module):
 
     def to_working_dtype(self, device: torch.device | None = None) -> "Policy":
         """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the rounded numbers are stored in
-        the type in which they are multiplied there: head and vectors in FP32, matrices too if BF16 units are no use."""
+        the type in which they are multiplied there: head and vectors in FP32, matrices too without BF16 units."""
         device = device or self.device
         for parameter in self.parameters():
             rounded, stored = parameter.data.to(self.dtype), self.dtype
             if device.type == "cpu":
                 in_fp32 = parameter is self.lm_head or parameter.ndim == 1
-                stored = torch.float32 if in_fp32 else ops.product_dtype(self.dtype, parameter.shape[-1])
+                stored = torch.float32 if in_fp32 else ops.product_dtype(self.dtype)
             parameter.data = rounded.to(stored)
             parameter.requires_grad_(False)
         for module in self.modules():
