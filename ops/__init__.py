@@ -1,5 +1,7 @@
 """The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
 
+from ops.amx import has_amx
+from ops.compiled import has_openmp
 from ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ops.dispatch import FAST_FORMS, explain, is_fast, use_fast
 from ops.experts import experts, experts_reference, fp8_experts, trained_fp8_experts
@@ -59,6 +61,8 @@ __all__ = [
     "gradient_norm_reference",
     "grouped_rms_norm_gate",
     "grouped_rms_norm_gate_reference",
+    "has_amx",
+    "has_openmp",
     "is_fast",
     "lightning_attention",
     "lightning_attention_reference",

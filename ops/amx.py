@@ -4,6 +4,9 @@ The library's own product cuts a sum differently for every number of rows and th
 in steps of 32 into one FP32 accumulator, whatever is computed beside it (design A1, A2), and W is laid out once for the
 tile unit: Intel 64 manual, TDPBF16PS. A thread computes 32 columns at a time, 32 rows by 32 columns in four tiles.
 
+FP32 rows, for the LM head, are sums of three BF16 terms (`split`), which keep all 24 bits; a step adds the products of
+the smallest term first.
+
 Letters: M rows, N and K out and in features, as in y [M, N] = x [M, K] W [N, K]^T.
 """
 
@@ -26,7 +29,8 @@ try:
 except ImportError:
     intrinsic = None
 
-SIDE = 32  # rows, columns and terms of a step
+SIDE = 32  # rows, columns and products of a step
+TERMS = 3  # of an FP32 number
 _ROWS = 256  # of x that stay in the cache while a thread walks its columns
 _SPEED = 16  # times that of vector instructions, for `share`
 _REQUEST_PERMISSION, _ARCH_PRCTL, _TILE_DATA = 0x1023, 158, 18  # of Linux on x86-64
@@ -55,10 +59,13 @@ if intrinsic is not None:
         def __hash__(self) -> int:
             return hash(_Tile)
 
-    @intrinsic
-    def _multiply_tiles(_, x, x_at, x_stride, weight, weight_at, steps, y):
-        """y FP32 [32, 32] = sum over `steps` >= 1 of 32 terms. x begins at byte x_at, its rows x_stride bytes apart;
-        the packed columns of the weight begin at byte weight_at."""
+    def _tiles(terms):
+        @intrinsic
+        def multiply_tiles(_, x, x_at, x_stride, weight, weight_at, steps, y):
+            """y FP32 [32, 32] = sum over `steps` >= 1 of 32 products. x begins at byte x_at, its rows x_stride bytes
+            apart, each with its terms one after another; the packed columns of the weight begin at byte weight_at."""
+            i = types.intp
+            return types.void(x, i, i, weight, i, i, y), generate
 
         def generate(context, builder, signature, args):
             byte, half, wide = ir.IntType(8).as_pointer(), ir.IntType(16), ir.IntType(64)
@@ -86,16 +93,22 @@ if intrinsic is not None:
             builder.branch(loop)
             builder.position_at_end(loop)
             step, *sums = (builder.phi(each) for each in (wide, tile, tile, tile, tile))
-            begin = builder.add(x_at, builder.mul(step, number_of(2 * SIDE)))
-            lower = builder.add(begin, builder.mul(x_stride, number_of(16)))
             column = builder.add(weight_at, builder.mul(step, number_of(2 * SIDE * SIDE)))
-            left = [load(x, at, x_stride) for at in (begin, lower)]
             right = [load(weight, builder.add(column, number_of(n)), number_of(4 * SIDE)) for n in (0, 64)]
-            totals = [
-                call("llvm.x86.tdpbf16ps.internal", tile, rows, columns, columns, sums[2 * i + j], left[i], right[j])
-                for i in range(2)
-                for j in range(2)
-            ]
+            totals = sums
+            for term in reversed(range(terms)):
+                place = builder.add(step, builder.mul(steps, number_of(term)))
+                begin = builder.add(x_at, builder.mul(place, number_of(2 * SIDE)))
+                lower = builder.add(begin, builder.mul(x_stride, number_of(16)))
+                left = [load(x, at, x_stride) for at in (begin, lower)]
+                totals = [
+                    call(
+                        "llvm.x86.tdpbf16ps.internal", tile, rows, columns, columns, totals[2 * i + j], left[i],
+                        right[j],
+                    )
+                    for i in range(2)
+                    for j in range(2)
+                ]  # fmt: skip
             following = builder.add(step, number_of(1))
             for phi, first, later in zip([step, *sums], [number_of(0), *zeros], [following, *totals], strict=True):
                 phi.add_incoming(first, before)
@@ -109,8 +122,9 @@ if intrinsic is not None:
                     call("llvm.x86.tilestored64.internal", nothing, rows, columns, at, stride, total)
             return context.get_dummy_value()
 
-        i = types.intp
-        return types.void(x, i, i, weight, i, i, y), generate
+        return multiply_tiles
+
+    _multiply_tiles, _multiply_split_tiles = _tiles(1), _tiles(TERMS)
 
 
 @compiled
@@ -125,30 +139,40 @@ def _pack_kernel(begin, end, weight, packed):
 
 
 @compiled
+def _split_kernel(begin, end, x, terms):
+    """Items are rows: x [M, K] to terms [M, TERMS, K'], the largest first, zero where x has ended."""
+    for row in range(begin, end):
+        for i in range(x.shape[1]):
+            left = x[row, i]
+            for term in range(TERMS):
+                terms[row, term, i] = stored(left, terms)
+                left -= number(terms[row, term, i])
+
+
+@compiled
 def _product_kernel(begin, end, x, packed, y):
-    """Items are blocks of 32 columns of y."""
-    rows, terms = x.shape
-    width, steps = y.shape[1], packed.shape[1]
-    sums, tail = np.empty((SIDE, SIDE), f32), np.zeros((SIDE, terms), x.dtype)
-    whole = rows // SIDE * SIDE
+    """Items are blocks of 32 columns of y; x [M, K'], or its terms side by side."""
+    rows, steps = x.shape[0], packed.shape[1]
+    sums, tail = np.empty((SIDE, SIDE), f32), np.zeros((SIDE, x.shape[1]), x.dtype)
+    whole, stride = rows // SIDE * SIDE, x.shape[1] * 2
     tail[: rows - whole] = x[whole:]
     for top in range(0, rows, _ROWS):
         for block in range(begin, end):
-            columns = min(SIDE, width - block * SIDE)
+            columns = min(SIDE, y.shape[1] - block * SIDE)
             for row in range(top, min(top + _ROWS, rows), SIDE):
-                at = block * steps * 2 * SIDE * SIDE
-                if row < whole:
-                    _multiply_tiles(x, row * terms * 2, terms * 2, packed, at, steps, sums)
+                source, at = (x, row * stride) if row < whole else (tail, 0)
+                if x.shape[1] > steps * SIDE:
+                    _multiply_split_tiles(source, at, stride, packed, block * steps * 2 * SIDE * SIDE, steps, sums)
                 else:
-                    _multiply_tiles(tail, 0, terms * 2, packed, at, steps, sums)
+                    _multiply_tiles(source, at, stride, packed, block * steps * 2 * SIDE * SIDE, steps, sums)
                 for r in range(min(SIDE, rows - row)):
-                    source, target = sums[r], y[row + r, block * SIDE : block * SIDE + columns]
+                    result, target = sums[r], y[row + r, block * SIDE : block * SIDE + columns]
                     if columns == SIDE:
                         for i in range(SIDE):  # a length known beforehand is faster
-                            target[i] = stored(source[i], y)
+                            target[i] = stored(result[i], y)
                     else:
                         for i in range(columns):
-                            target[i] = stored(source[i], y)
+                            target[i] = stored(result[i], y)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -162,10 +186,17 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
+def split(x: Tensor) -> Tensor:
+    """x FP32 [M, K] -> its three BF16 terms, [M, 3 K'], for `multiply`."""
+    terms = torch.zeros(len(x), TERMS, -(-x.shape[1] // SIDE) * SIDE, dtype=torch.bfloat16)
+    share(_split_kernel, len(x), 10 * x.numel(), x.contiguous(), terms)
+    return terms.flatten(1)
+
+
 def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype) -> Tensor:
-    """x BF16 [M, K], packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32."""
+    """x BF16 [M, K] or from `split`, packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32."""
     terms = packed.shape[1] * SIDE
-    x = (x if x.shape[1] == terms else F.pad(x, (0, terms - x.shape[1]))).contiguous()
+    x = (x if x.shape[1] >= terms else F.pad(x, (0, terms - x.shape[1]))).contiguous()
     y = x.new_empty(len(x), width, dtype=out)
-    share(_product_kernel, len(packed), 2 * len(x) * width * terms // _SPEED, x, packed, y)
+    share(_product_kernel, len(packed), 2 * len(x) * width * x.shape[1] // _SPEED, x, packed, y)
     return y

@@ -17,7 +17,7 @@ from ops import lm_head
 from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
-from ops.log_probs import ROW_BLOCK, log_probs, logit_blocks, row_statistics, softmax_gradient_
+from ops.log_probs import ROW_BLOCK, Head, log_probs, row_statistics, softmax_gradient_
 
 LOGITS = 2**28  # numbers that exist at once: 1 GiB, and half of that for BF16 gradients
 ROW_STEP = 128
@@ -36,16 +36,17 @@ def _row_blocks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def _cpu_forward(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype) -> Gradients:
-    head, losses, ones = weight.to(dtype).float(), torch.empty_like(row_weights), torch.ones_like(row_weights)[:, None]
-    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
-    for rows in _row_blocks(len(hidden), len(head)):
-        blocks = list(logit_blocks(hidden[rows], head, ones[rows]))
+    head, matrix = Head(weight, dtype), weight.to(dtype).float()
+    losses, ones = torch.empty_like(row_weights), torch.ones_like(row_weights)[:, None]
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(matrix)
+    for rows in _row_blocks(len(hidden), len(matrix)):
+        blocks = list(head.blocks(hidden[rows], ones[rows]))
         chosen, log_sum, _ = row_statistics(blocks, targets[rows])
         losses[rows] = log_sum - chosen
         for first, x in blocks:
             part = slice(first, first + x.shape[1])
             grad_x = softmax_gradient_(x, first, targets[rows], log_sum, -row_weights[rows])
-            grad_hidden[rows] += grad_x @ head[part]
+            grad_hidden[rows] += grad_x @ matrix[part]
             grad_head[part] += grad_x.t() @ hidden[rows]
     return (row_weights * losses).sum(), grad_hidden, grad_head
 

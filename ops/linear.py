@@ -49,13 +49,14 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if emulated else dtype
 
 
-def _has_tiles(dtype: torch.dtype) -> bool:
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Does this CPU multiply operands of `dtype` by `ops.amx`?"""
     return dtype == torch.bfloat16 and amx.has_amx()
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Weight [..., N, K] as `linear` multiplies it, for one that stays the same; None where it is taken as it is."""
-    return None if weight.is_cuda or not _has_tiles(dtype) else amx.pack(weight)
+    return None if weight.is_cuda or not has_tiles(dtype) else amx.pack(weight)
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class _Linear(torch.autograd.Function):
 
 def _cpu_product(x: Tensor, matrix: Tensor, packed: Tensor | None) -> Tensor:
     """x [M, K] times matrix [N, K]^T, which holds numbers of x's type in whatever type -> [M, N] in x's type."""
-    if _has_tiles(x.dtype):
+    if has_tiles(x.dtype):
         return amx.multiply(x, amx.pack(matrix) if packed is None else packed, len(matrix), x.dtype)
     multiplied = product_dtype(x.dtype)
     return row_invariant_matmul(x.to(multiplied), matrix.to(multiplied)).to(x.dtype)

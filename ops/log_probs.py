@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops import lm_head
+from ops import amx, lm_head
 from ops.autograd import apply
 from ops.compiled import ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
-from ops.linear import row_invariant_matmul, row_invariant_matmul_by_parts
+from ops.linear import has_tiles, row_invariant_matmul, row_invariant_matmul_by_parts
 
 ROW_BLOCK = 2048  # rows whose logits exist at once; moves no bit
-VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time
+VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time; a multiple of amx.SIDE
 
 Temperature = float | Tensor  # one for all rows, or FP32 [T] or [T, 1]
 
@@ -37,11 +37,37 @@ def log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, tempera
 # The CPU path.
 
 
-def logit_blocks(hidden: Tensor, head: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """x by blocks of the vocabulary, each with its first column. head FP32 [V, D], temperature [T, 1]."""
-    for first in range(0, head.shape[0], VOCAB_BLOCK):
-        x = row_invariant_matmul(hidden, head[first : first + VOCAB_BLOCK]).contiguous()
-        yield first, _tempered(x, temperature)
+class Head:
+    """W [V, D] as the CPU path multiplies it: rounded to `dtype` in FP32, or for BF16 tiles, `packed` by the caller or
+    here."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, packed: Tensor | None = None) -> None:
+        self.width, self.matrix, self.packed = len(weight), None, packed
+        if packed is None and has_tiles(dtype):
+            self.packed = amx.pack(weight)
+        elif packed is None:
+            self.matrix = weight.to(dtype).float()
+
+    def blocks(self, hidden: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """x by blocks of the vocabulary, each with its first column. temperature [T, 1]."""
+        terms = None if self.packed is None else amx.split(hidden)
+        for first in range(0, self.width, VOCAB_BLOCK):
+            if self.packed is not None and terms is not None:
+                packed = self.packed[first // amx.SIDE : (first + VOCAB_BLOCK) // amx.SIDE]
+                x = amx.multiply(terms, packed, min(VOCAB_BLOCK, self.width - first), torch.float32)
+            else:
+                assert self.matrix is not None
+                x = row_invariant_matmul(hidden, self.matrix[first : first + VOCAB_BLOCK]).contiguous()
+            yield first, _tempered(x, temperature)
+
+    def whole(self, hidden: Tensor, temperature: Tensor) -> Tensor:
+        """x [T, V], in the same bits."""
+        if self.packed is not None:
+            x = amx.multiply(amx.split(hidden), self.packed, self.width, torch.float32)
+        else:
+            assert self.matrix is not None
+            x = row_invariant_matmul_by_parts(hidden, self.matrix, VOCAB_BLOCK)
+        return _tempered(x, temperature)
 
 
 def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
@@ -110,10 +136,9 @@ def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tup
     return statistics.chosen, statistics.log_sum(), statistics.entropy()
 
 
-def cpu_rows(hidden: Tensor, weight: Tensor, temperature: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def cpu_rows(hidden: Tensor, head: Head, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """x FP32 [T, V] and its log sums [T]: their difference are the log-probs of the whole vocabulary."""
-    x = row_invariant_matmul_by_parts(hidden, weight.to(dtype).float(), VOCAB_BLOCK)
-    x, statistics = _tempered(x, temperature), _Statistics(torch.zeros(len(hidden), dtype=torch.int64))
+    x, statistics = head.whole(hidden, temperature), _Statistics(torch.zeros(len(hidden), dtype=torch.int64))
     for first in range(0, x.shape[1], VOCAB_BLOCK):
         statistics.add(x, first, min(VOCAB_BLOCK, x.shape[1] - first), first)
     return x, statistics.log_sum()
@@ -135,9 +160,9 @@ def _inside(targets: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
 def _cpu_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = weight.to(dtype).float()
+    head = Head(weight, dtype)
     parts = zip(hidden.split(ROW_BLOCK), targets.split(ROW_BLOCK), temperature.split(ROW_BLOCK), strict=True)
-    blocks = [row_statistics(logit_blocks(h, head, t), row_targets) for h, row_targets, t in parts]
+    blocks = [row_statistics(head.blocks(h, t), row_targets) for h, row_targets, t in parts]
     chosen, log_sum, entropy = (torch.cat(values) for values in zip(*blocks, strict=True))
     return chosen, log_sum, entropy
 
@@ -146,14 +171,14 @@ def _cpu_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, log_sum: Tensor, grad: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    head = weight.to(dtype).float()
-    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
+    head, matrix = Head(weight, dtype), weight.to(dtype).float()
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(matrix)
     for begin in range(0, len(hidden), ROW_BLOCK):
         rows = slice(begin, begin + ROW_BLOCK)
-        for first, x in logit_blocks(hidden[rows], head, temperature[rows]):
+        for first, x in head.blocks(hidden[rows], temperature[rows]):
             part = slice(first, first + x.shape[1])
             grad_x = softmax_gradient_(x, first, targets[rows], log_sum[rows], grad[rows]).div_(temperature[rows])
-            grad_hidden[rows] += grad_x @ head[part]
+            grad_hidden[rows] += grad_x @ matrix[part]
             grad_head[part] += grad_x.t() @ hidden[rows]
     return grad_hidden, grad_head
 
@@ -227,14 +252,16 @@ def log_probs(
 
 
 @torch.no_grad()
-def full_log_probs(hidden: Tensor, weight: Tensor, temperature: Temperature, dtype: torch.dtype) -> Tensor:
+def full_log_probs(
+    hidden: Tensor, weight: Tensor, temperature: Temperature, dtype: torch.dtype, packed: Tensor | None = None
+) -> Tensor:
     """Log-probs over the whole vocabulary, FP32 [T, V], equal in bits to `log_probs` at every target: for the sampler,
-    and for checks on a few rows."""
+    and for checks on a few rows. packed: `pack_weight` of the weight; else it is made here."""
     temperature = aligned(per_row(temperature, hidden))
     if choose("log_probs", hidden) is Path.TRITON:
         logits = like(hidden, len(hidden), len(weight))
         x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
-    x, log_sum = cpu_rows(hidden, weight, temperature, dtype)
+    x, log_sum = cpu_rows(hidden, Head(weight, dtype, packed), temperature)
     return x.sub_(log_sum.unsqueeze(1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ops.compiled import compiled, exp, f32, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
-from ops.log_probs import cpu_rows, full_log_probs, per_row
+from ops.log_probs import Head, cpu_rows, full_log_probs, per_row
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -293,12 +293,13 @@ def _without(rows: Tensor, top_p: Tensor, banned: Tensor) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def sample(
     hidden: Tensor, weight: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
-    dtype: torch.dtype, banned: Tensor | None = None,
+    dtype: torch.dtype, banned: Tensor | None = None, packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Draws a token for each row.
 
     hidden FP32 [B, D], weight [V, D] rounded to `dtype`, temperature, top_p, min_p FP32 [B], top_k int64 [B] (0: all),
-    uniform FP64 [B] in [0, 1), banned int64 [B, K] tokens that are not drawn (-1: none) -> tokens int64 [B], their
+    uniform FP64 [B] in [0, 1), banned int64 [B, K] tokens that are not drawn (-1: none), packed: `pack_weight` of the
+    weight if it stays the same -> tokens int64 [B], their
     log-probs FP32 [B] before any limit, log-probs of the whole vocabulary FP32 [B, V], and the tokens' processed
     log-probs FP32 [B]: of the distribution that is drawn from, limited and normalised again. Temperature 0 takes the
     most likely token, the lowest id among equals, with log-probs at temperature 1 and a processed log-prob of 0.
@@ -311,10 +312,10 @@ def sample(
     """
     divisor = torch.where(temperature == 0, 1.0, temperature)
     if banned is None and choose("sample", hidden) is not Path.TRITON:  # one pass over the vocabulary less
-        rows, log_sum = cpu_rows(hidden, weight, per_row(divisor, hidden), dtype)
+        rows, log_sum = cpu_rows(hidden, Head(weight, dtype, packed), per_row(divisor, hidden))
         tokens, processed = _cpu_draw(rows, temperature, top_p, top_k, min_p, uniform, log_sum)
     else:
-        rows = full_log_probs(hidden, weight, divisor, dtype)
+        rows = full_log_probs(hidden, weight, divisor, dtype, packed)
         draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _cpu_draw
         allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
         tokens, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)

@@ -268,6 +268,7 @@ class Policy(nn.Module):
         self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self._packed_head = _Kept(ops.pack_weight)
         head = torch.empty(config.vocab_size, config.hidden_size)
         self.lm_head = self.word_embeddings if config.tie_word_embeddings else nn.Parameter(head)
         stretch = config.rope_scaling.stretch if config.rope_scaling else None
@@ -291,6 +292,10 @@ class Policy(nn.Module):
         for block in self.layers:
             h, delta = block(h, delta, rope, layout, cache, routing)
         return self.norm.after(h, delta)[1]
+
+    def packed_head(self) -> Tensor | None:
+        """`ops.pack_weight` of the head, for the sampler of an engine."""
+        return self._packed_head(self.lm_head, self.dtype)
 
     def log_probs(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """hidden [N, D], targets int64 [N] -> log-probs and entropy in nats, FP32 [N]."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import ops
 from rl.doctor_check import Check
 
 DISTRIBUTION = "lockstep-rl"
@@ -23,7 +24,7 @@ MIN_FREE_DISK, MIN_SHARED_MEMORY, MIN_MEMORY = 2 * GIB, 1 * GIB, 4 * GIB
 
 def machine_checks(threads: int) -> list[Check]:
     """threads: how many CPU threads a run would use."""
-    checks = [*_version_checks(), _platform_check(), _threads_check(threads)]
+    checks = [*_version_checks(), _platform_check(), _threads_check(threads), _openmp_check()]
     return [*checks, *_cpu_flags(), *_memory_check(), *_disk_checks()]
 
 
@@ -70,11 +71,19 @@ def _threads_check(threads: int) -> Check:
     return Check("threads", threads <= cores, detail, f"use at most {cores} threads; more only take turns", soft=True)
 
 
+def _openmp_check() -> Check:
+    found = ops.has_openmp()
+    detail = "share their work among OpenMP threads" if found else "take one thread: Numba finds no libgomp.so.1.0.0"
+    return Check("compiled operators", found, detail, "install GNU OpenMP (apt install libgomp1)", soft=True)
+
+
 def _cpu_flags() -> Iterator[Check]:
     """For the reader only: what counts is the measured speed behind the choice of dtype."""
     if flags := _proc_values("/proc/cpuinfo", ("flags", "Features")):
         present = [flag for flag in BF16_FLAGS if flag in flags.split()]
-        yield Check("cpu", True, f"bfloat16 units: {', '.join(present) or 'none, bfloat16 products are emulated'}")
+        used = "; products by tiles of our own" if ops.has_amx() else ""
+        units = ", ".join(present) or "none, bfloat16 products are emulated"
+        yield Check("cpu", True, f"bfloat16 units: {units}{used}")
 
 
 def _memory_check() -> Iterator[Check]:

@@ -68,6 +68,7 @@ def _draw(
         torch.cat(uniforms).to(hidden.device),
         policy.lm_head.dtype,  # rounded when the weights were loaded
         banned,
+        policy.packed_head(),
     )
 
 

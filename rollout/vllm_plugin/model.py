@@ -109,7 +109,7 @@ class SoftmaxModel(nn.Module):
         """Log-probs FP32 [N, V] at temperature 1, which are logits too: vLLM's mode raw_logits gives them out as they
         are."""
         head = self.policy.lm_head  # rounded when the weights were loaded
-        return ops.full_log_probs(hidden_states, head, 1.0, head.dtype)
+        return ops.full_log_probs(hidden_states, head, 1.0, head.dtype, self.policy.packed_head())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """All tensors of the family, in any order, at start-up and in every update. Raises ValueError naming those that

@@ -27,7 +27,7 @@ class AlignedSampler(RecordingSampler):
     def __init__(self, runner: Any) -> None:
         policy = runner.model.policy
         super().__init__(runner, policy.config.vocab_size)
-        self.head, self.stop_token_ids = policy.lm_head, policy.config.stop_token_ids
+        self.policy, self.stop_token_ids = policy, policy.config.stop_token_ids
 
     def forward(
         self,
@@ -51,14 +51,15 @@ class AlignedSampler(RecordingSampler):
 
         return ops.sample(
             hidden,
-            self.head,
+            self.policy.lm_head,
             setting([each.temperature for each in wanted]),
             setting([each.top_p for each in wanted]),
             setting([each.top_k for each in wanted], torch.int64),
             setting([each.min_p for each in wanted]),
             uniforms(samples).to(hidden.device),
-            self.head.dtype,  # rounded when the weights were loaded
+            self.policy.lm_head.dtype,  # rounded when the weights were loaded
             self._banned(samples, hidden.device),
+            self.policy.packed_head(),
         )
 
     def _banned(self, samples: list[Sample], device: torch.device) -> Tensor | None:
