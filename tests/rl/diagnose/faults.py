@@ -157,9 +157,9 @@ def unstable_top_k(rig: Rig) -> None:
 def split_k(rig: Rig) -> None:
     target = rig.engine.policy.get_submodule("layers.2.attention.dense").weight
 
-    def split(x: Tensor, weight: Tensor, dtype: torch.dtype, rounded: bool = False) -> Tensor:
+    def split(x: Tensor, weight: Tensor, dtype: torch.dtype, *more: Any) -> Tensor:
         if weight is not target:
-            return ops.linear(x, weight, dtype, rounded)
+            return ops.linear(x, weight, dtype, *more)
         half = x.shape[-1] // 2
         low = F.linear(x[:, :half].to(dtype), weight[:, :half].to(dtype))
         return low + F.linear(x[:, half:].to(dtype), weight[:, half:].to(dtype))
