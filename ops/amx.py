@@ -150,22 +150,30 @@ def _split_kernel(begin, end, x, terms):
 
 
 @compiled
-def _product_kernel(begin, end, x, packed, y):
-    """Items are blocks of 32 columns of y; x [M, K'], or its terms side by side."""
-    rows, steps = x.shape[0], packed.shape[1]
-    sums, tail = np.empty((SIDE, SIDE), f32), np.zeros((SIDE, x.shape[1]), x.dtype)
-    whole, stride = rows // SIDE * SIDE, x.shape[1] * 2
-    tail[: rows - whole] = x[whole:]
-    for top in range(0, rows, _ROWS):
-        for block in range(begin, end):
+def _product_kernel(begin, end, x, packed, bounds, y):
+    """Items are blocks of 32 columns of y, group by group: rows bounds[g] .. bounds[g + 1] - 1 have weight g. x is
+    [M, K'], or its terms side by side."""
+    blocks, steps = packed.shape[1:3]
+    rows, stride, size = x.shape[0], x.shape[1] * 2, steps * 2 * SIDE * SIDE
+    sums, tail, tail_from = np.empty((SIDE, SIDE), f32), np.zeros((SIDE, x.shape[1]), x.dtype), rows
+    longest = 0
+    for group in range(begin // blocks, (end + blocks - 1) // blocks):
+        longest = max(longest, bounds[group + 1] - bounds[group])
+    for top in range(0, longest, _ROWS):
+        for item in range(begin, end):
+            block, first, last = item % blocks, bounds[item // blocks] + top, bounds[item // blocks + 1]
             columns = min(SIDE, y.shape[1] - block * SIDE)
-            for row in range(top, min(top + _ROWS, rows), SIDE):
-                source, at = (x, row * stride) if row < whole else (tail, 0)
+            for row in range(first, min(first + _ROWS, last), SIDE):
+                source, at = x, row * stride
+                if row + SIDE > rows:  # the memory ends before the tile does
+                    if tail_from != row:
+                        tail[: rows - row], tail_from = x[row:], row
+                    source, at = tail, 0
                 if x.shape[1] > steps * SIDE:
-                    _multiply_split_tiles(source, at, stride, packed, block * steps * 2 * SIDE * SIDE, steps, sums)
+                    _multiply_split_tiles(source, at, stride, packed, item * size, steps, sums)
                 else:
-                    _multiply_tiles(source, at, stride, packed, block * steps * 2 * SIDE * SIDE, steps, sums)
-                for r in range(min(SIDE, rows - row)):
+                    _multiply_tiles(source, at, stride, packed, item * size, steps, sums)
+                for r in range(min(SIDE, last - row)):
                     result, target = sums[r], y[row + r, block * SIDE : block * SIDE + columns]
                     if columns == SIDE:
                         for i in range(SIDE):  # a length known beforehand is faster
@@ -193,10 +201,16 @@ def split(x: Tensor) -> Tensor:
     return terms.flatten(1)
 
 
-def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype) -> Tensor:
-    """x BF16 [M, K] or from `split`, packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32."""
-    terms = packed.shape[1] * SIDE
+def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype, counts: list[int] | None = None) -> Tensor:
+    """x BF16 [M, K] or from `split`, packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32.
+
+    counts: rows of each group of x, for a packed weight each [E, ...].
+    """
+    bounds = np.cumsum([0, *([len(x)] if counts is None else counts)])
+    packed = packed if counts is not None else packed.unsqueeze(0)
+    terms = packed.shape[2] * SIDE
     x = (x if x.shape[1] >= terms else F.pad(x, (0, terms - x.shape[1]))).contiguous()
     y = x.new_empty(len(x), width, dtype=out)
-    share(_product_kernel, len(packed), 2 * len(x) * width * x.shape[1] // _SPEED, x, packed, y)
+    operations = 2 * len(x) * width * x.shape[1] // _SPEED
+    share(_product_kernel, packed.shape[0] * packed.shape[1], operations, x, packed, bounds, y)
     return y

@@ -209,9 +209,13 @@ class _GroupedLinear(torch.autograd.Function):
         operand, matrices = x.to(dtype), weight if rounded else weight.to(dtype)
         ctx.save_for_backward(operand, matrices)
         ctx.counts, ctx.dtypes = counts, (x.dtype, weight.dtype)
-        used = [(expert, rows) for expert, rows in enumerate(operand.split(counts)) if len(rows)]
-        products = [_cpu_product(rows, matrices[e], None if packed is None else packed[e]) for e, rows in used]
-        return torch.cat(products)
+        if has_tiles(dtype):
+            return amx.multiply(
+                operand, amx.pack(matrices) if packed is None else packed, weight.shape[1], dtype, counts
+            )
+        multiplied = product_dtype(dtype)
+        groups = zip(operand.to(multiplied).split(counts), matrices.to(multiplied).unbind(0), strict=True)
+        return torch.cat([row_invariant_matmul(rows, matrix) for rows, matrix in groups if len(rows)]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:

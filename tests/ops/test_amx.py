@@ -34,6 +34,23 @@ def test_bits_do_not_depend_on_what_is_computed_beside(rows: int, width: int, te
     assert torch.equal(amx.multiply(x[some], amx.pack(weight[part]), width - part.start, FP32), y[some][:, part])
 
 
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=5), st.integers(1, 70), st.integers(1, 70))
+def test_groups_have_the_bits_of_products_of_their_own(counts: list[int], width: int, terms: int) -> None:
+    x, packed = torch.randn(sum(counts), terms).to(BF16), amx.pack(torch.randn(len(counts), width, terms))
+    parts = [amx.multiply(rows, each, width, FP32) for rows, each in zip(x.split(counts), packed, strict=True)]
+    assert torch.equal(amx.multiply(x, packed, width, FP32, counts), torch.cat(parts))
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 130))
+def test_fp32_rows_keep_all_their_bits(rows: int, width: int, terms: int) -> None:
+    """Three terms are exact, so only their sum is rounded: three times as many products."""
+    x, weight = torch.randn(rows, terms), torch.randn(width, terms).to(BF16)
+    y, exact = amx.multiply(amx.split(x), amx.pack(weight), width, FP32), weight.double()
+    bound = 3 * terms * UNIT[FP32] * (x.double().abs() @ exact.abs().t())
+    assert bool(((y - x.double() @ exact.t()).abs() <= bound).all())
+    assert torch.equal(amx.multiply(amx.split(x[-1:]), amx.pack(weight), width, FP32), y[-1:])
+
+
 def test_infinities_and_nan_reach_their_own_row_only() -> None:
     x = torch.randn(40, 64).to(BF16)
     clean = amx.multiply(x, amx.pack(weight := torch.randn(40, 64)), 40, FP32)
