@@ -50,15 +50,9 @@ class _ExpertRows:
 
 
 def _cpu_experts(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    dtype: torch.dtype,
-    rounded: bool,
+    x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool,
     packed: Packed,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
     gathered = apply(_Permute, x.to(dtype), rows.source, rows.place)
     hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded, packed[0]))

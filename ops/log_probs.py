@@ -9,6 +9,7 @@ come here for a token's log-probability (A7).
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,31 +43,31 @@ class Head:
     here."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, packed: Tensor | None = None) -> None:
-        self.width, self.matrix, self.packed = len(weight), None, packed
-        if packed is None and has_tiles(dtype):
-            self.packed = amx.pack(weight)
-        elif packed is None:
-            self.matrix = weight.to(dtype).float()
+        self._weight, self._dtype = weight, dtype
+        self._packed = amx.pack(weight) if packed is None and has_tiles(dtype) else packed
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """Rounded, in FP32."""
+        return self._weight.to(self._dtype).float()
 
     def blocks(self, hidden: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
         """x by blocks of the vocabulary, each with its first column. temperature [T, 1]."""
-        terms = None if self.packed is None else amx.split(hidden)
-        for first in range(0, self.width, VOCAB_BLOCK):
-            if self.packed is not None and terms is not None:
-                packed = self.packed[first // amx.SIDE : (first + VOCAB_BLOCK) // amx.SIDE]
-                x = amx.multiply(terms, packed, min(VOCAB_BLOCK, self.width - first), torch.float32)
+        operand = hidden if self._packed is None else amx.split(hidden)
+        for first in range(0, len(self._weight), VOCAB_BLOCK):
+            if self._packed is None:
+                x = row_invariant_matmul(operand, self.matrix[first : first + VOCAB_BLOCK]).contiguous()
             else:
-                assert self.matrix is not None
-                x = row_invariant_matmul(hidden, self.matrix[first : first + VOCAB_BLOCK]).contiguous()
+                packed = self._packed[first // amx.SIDE : (first + VOCAB_BLOCK) // amx.SIDE]
+                x = amx.multiply(operand, packed, min(VOCAB_BLOCK, len(self._weight) - first), torch.float32)
             yield first, _tempered(x, temperature)
 
     def whole(self, hidden: Tensor, temperature: Tensor) -> Tensor:
         """x [T, V], in the same bits."""
-        if self.packed is not None:
-            x = amx.multiply(amx.split(hidden), self.packed, self.width, torch.float32)
-        else:
-            assert self.matrix is not None
+        if self._packed is None:
             x = row_invariant_matmul_by_parts(hidden, self.matrix, VOCAB_BLOCK)
+        else:
+            x = amx.multiply(amx.split(hidden), self._packed, len(self._weight), torch.float32)
         return _tempered(x, temperature)
 
 
@@ -171,14 +172,14 @@ def _cpu_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, log_sum: Tensor, grad: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    head, matrix = Head(weight, dtype), weight.to(dtype).float()
-    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(matrix)
+    head = Head(weight, dtype)
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head.matrix)
     for begin in range(0, len(hidden), ROW_BLOCK):
         rows = slice(begin, begin + ROW_BLOCK)
         for first, x in head.blocks(hidden[rows], temperature[rows]):
             part = slice(first, first + x.shape[1])
             grad_x = softmax_gradient_(x, first, targets[rows], log_sum[rows], grad[rows]).div_(temperature[rows])
-            grad_hidden[rows] += grad_x @ matrix[part]
+            grad_hidden[rows] += grad_x @ head.matrix[part]
             grad_head[part] += grad_x.t() @ hidden[rows]
     return grad_hidden, grad_head
 
