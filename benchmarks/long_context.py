@@ -40,7 +40,7 @@ class Load:
     longest: int = 1 << 16
     shortest: int = 1 << 10
     piece: int = 2048
-    decoded: int = 6  # tokens at each length, less than a chunk
+    decoded: int = 24  # tokens at each length, less than a chunk
 
     @property
     def lengths(self) -> list[int]:
