@@ -93,7 +93,7 @@ def layer_products(policy: Policy, rows: int) -> float:
         if weight.ndim == 3:
             assert name.endswith(("gate_up", "down"))
             shapes[weight.shape[1], weight.shape[2]] += chosen
-    return sum(count * product_seconds(rows, n, k, ops.product_dtype(policy.dtype)) for (n, k), count in shapes.items())
+    return sum(count * product_seconds(rows, n, k, policy.dtype) for (n, k), count in shapes.items())
 
 
 def head_product(policy: Policy, rows: int) -> float:

@@ -1,7 +1,7 @@
 """The operator library: what the sampler and the learner share. Other folders import from here and nowhere deeper."""
 
-from ops.amx import has_amx
 from ops.compiled import has_openmp
+from ops.cpu_matmul import bf16_products
 from ops.cross_entropy import cross_entropy, cross_entropy_reference
 from ops.dispatch import FAST_FORMS, explain, is_fast, use_fast
 from ops.experts import experts, experts_reference, fp8_experts, trained_fp8_experts
@@ -19,7 +19,7 @@ from ops.fp8 import (
 )
 from ops.gradients import clip_gradients, gradient_norm, gradient_norm_reference
 from ops.layout import ChunkLayout
-from ops.linear import fp32_linear, linear, linear_reference, pack_weight, product_dtype
+from ops.linear import fp32_linear, linear, linear_reference, pack_weight
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
 from ops.rms_norm import (
@@ -36,6 +36,7 @@ from ops.softmax_attention import PagedCache, softmax_attention, softmax_attenti
 from ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "bf16_products",
     "FAST_FORMS",
     "ChunkLayout",
     "DecayTables",
@@ -61,7 +62,6 @@ __all__ = [
     "gradient_norm_reference",
     "grouped_rms_norm_gate",
     "grouped_rms_norm_gate_reference",
-    "has_amx",
     "has_openmp",
     "is_fast",
     "lightning_attention",
@@ -73,7 +73,6 @@ __all__ = [
     "most_likely",
     "pack_weight",
     "philox",
-    "product_dtype",
     "qk_norm_rope",
     "qk_norm_rope_reference",
     "quantize_rows",

@@ -37,16 +37,14 @@ def _row_blocks(rows: int, vocabulary: int) -> list[slice]:
 
 def _cpu_forward(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype) -> Gradients:
     head, losses, ones = Head(weight, dtype), torch.empty_like(row_weights), torch.ones_like(row_weights)[:, None]
-    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head.matrix)
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     for rows in _row_blocks(len(hidden), len(weight)):
         blocks = list(head.blocks(hidden[rows], ones[rows]))
         chosen, log_sum, _ = row_statistics(blocks, targets[rows])
         losses[rows] = log_sum - chosen
         for first, x in blocks:
-            part = slice(first, first + x.shape[1])
             grad_x = softmax_gradient_(x, first, targets[rows], log_sum, -row_weights[rows])
-            grad_hidden[rows] += grad_x @ head.matrix[part]
-            grad_head[part] += grad_x.t() @ hidden[rows]
+            head.add_gradients(grad_x, first, hidden[rows], grad_hidden[rows], grad_head)
     return (row_weights * losses).sum(), grad_hidden, grad_head
 
 

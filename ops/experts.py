@@ -17,7 +17,7 @@ from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.fp8 import GROUP, Fp8Weight, Quantized, quantize_rows, quantize_weight, swiglu_quantize
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
-from ops.linear import grouped_linear, padded_rows
+from ops.linear import grouped_linear
 from ops.swiglu import swiglu
 from ops.tiles import grouped_tile, tile_product
 
@@ -42,9 +42,9 @@ Packed = tuple[Tensor | None, Tensor | None]  # gate_up and down
 
 @dataclass(frozen=True)
 class _ExpertRows:
-    """Where assignments go: rows grouped by expert, ascending tokens inside each group, groups padded in length."""
+    """Where assignments go: rows grouped by expert, ascending tokens inside each group."""
 
-    source: Tensor  # [R] token of each row; a padding row repeats token 0 and is read by nobody
+    source: Tensor  # [R] token of each row
     place: Tensor  # [T, k] row of each assignment
     counts: list[int]  # [E] rows of each group
 
@@ -53,7 +53,7 @@ def _cpu_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, dtype: torch.dtype, rounded: bool,
     packed: Packed,
 ) -> Tensor:  # fmt: skip
-    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], dtype)
+    rows = _arrange(ids, len(gate_up))
     gathered = apply(_Permute, x.to(dtype), rows.source, rows.place)
     hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded, packed[0]))
     outputs = grouped_linear(hidden, down, rows.counts, dtype, rounded, packed[1])
@@ -61,15 +61,11 @@ def _cpu_experts(
     return y
 
 
-def _arrange(ids: Tensor, weight_size: int, experts: int, dtype: torch.dtype) -> _ExpertRows:
+def _arrange(ids: Tensor, experts: int) -> _ExpertRows:
     flat = ids.flatten()
-    order, used = flat.argsort(stable=True), flat.bincount(minlength=experts)
-    counts = [padded_rows(count, weight_size, dtype) if count else 0 for count in used.tolist()]
-    padding = torch.tensor(counts) - used
-    destination = torch.arange(len(order)) + (padding.cumsum(0) - padding).repeat_interleave(used)
-    source = order.new_zeros(sum(counts)).index_copy_(0, destination, order // ids.shape[1])
-    place = torch.empty_like(order).index_copy_(0, order, destination)
-    return _ExpertRows(source, place.view_as(ids), counts)
+    order, counts = flat.argsort(stable=True), flat.bincount(minlength=experts)
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
+    return _ExpertRows(order // ids.shape[1], place.view_as(ids), counts.tolist())
 
 
 class _Permute(torch.autograd.Function):
@@ -106,7 +102,7 @@ class _Combine(torch.autograd.Function):
         rows, weights, source, place = ctx.saved_tensors
         per_row = grad.index_select(0, source)
         grad_weights = (per_row * rows.float()).sum(-1)[place]
-        row_weights = grad.new_zeros(len(rows)).index_copy_(0, place.flatten(), weights.flatten())  # 0 for padding
+        row_weights = grad.new_zeros(len(rows)).index_copy_(0, place.flatten(), weights.flatten())
         return per_row.mul_(row_weights.unsqueeze(1)).to(rows.dtype), grad_weights, None, None
 
 
@@ -482,7 +478,7 @@ def fp8_experts(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, ids: Tensor, wei
 
 
 def _dequantized_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    rows = _arrange(ids, gate_up[0].numel(), gate_up.shape[0], torch.float32)
+    rows = _arrange(ids, len(gate_up))
     x = quantize_rows(x).dequantize(x.shape[1]).index_select(0, rows.source)
     hidden = grouped_linear(x, gate_up, rows.counts, torch.float32).bfloat16()
     hidden = swiglu_quantize(hidden).dequantize(down.shape[2])

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import cpu_matmul
 from ops.autograd import apply
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
-from ops.linear import row_invariant_matmul
 from ops.rms_norm import rms_norm
 from ops.swiglu import swiglu
 
@@ -78,7 +78,7 @@ def quantize_reference(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return out, scales
 
 
-# The CPU path: the same values and scales; products of e4m3 values are exact in FP32, sums run group by group.
+# The CPU path: the same values and scales. An e4m3 value is a BF16 number, sums run group by group in FP32.
 
 
 def _cpu_quantize(x: Tensor, block: int, floor: float = FLOOR) -> Quantized:
@@ -96,7 +96,8 @@ def _cpu_matmul(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     total = torch.zeros(rows, columns)
     for group in range(a.scale.shape[1]):
         at = slice(group * GROUP, (group + 1) * GROUP)
-        part = row_invariant_matmul(a.values[:, at].float(), b.values[:, at].float())
+        packed = cpu_matmul.pack(b.values[:, at].bfloat16(), torch.bfloat16, cpu_matmul.has_pairs())
+        part = cpu_matmul.multiply(a.values[:, at].bfloat16(), packed, columns, torch.float32)
         total += part * (a.scale[:, group, None] * scale[None, :, group])
     return total.to(dtype)
 

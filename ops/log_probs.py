@@ -9,22 +9,21 @@ come here for a token's log-probability (A7).
 """
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ops import amx, lm_head
+from ops import cpu_matmul, lm_head
 from ops.autograd import apply
 from ops.compiled import ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
+from ops.cpu_matmul import COLUMNS
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
-from ops.linear import has_tiles, row_invariant_matmul, row_invariant_matmul_by_parts
 
 ROW_BLOCK = 2048  # rows whose logits exist at once; moves no bit
-VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time; a multiple of amx.SIDE
+VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time; a multiple of COLUMNS
 
 Temperature = float | Tensor  # one for all rows, or FP32 [T] or [T, 1]
 
@@ -39,36 +38,28 @@ def log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, tempera
 
 
 class Head:
-    """W [V, D] as the CPU path multiplies it: rounded to `dtype` in FP32, or for BF16 tiles, `packed` by the caller or
-    here."""
+    """W [V, D] as the CPU path multiplies it: rounded to `dtype`, `packed` by the caller or here."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, packed: Tensor | None = None) -> None:
-        self._weight, self._dtype = weight, dtype
-        self._packed = amx.pack(weight) if packed is None and has_tiles(dtype) else packed
-
-    @cached_property
-    def matrix(self) -> Tensor:
-        """Rounded, in FP32."""
-        return self._weight.to(self._dtype).float()
+        self._weight, self._dtype, self._vocabulary = weight, dtype, len(weight)
+        self._packed = cpu_matmul.pack(weight, dtype, pairs=False) if packed is None else packed
 
     def blocks(self, hidden: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
         """x by blocks of the vocabulary, each with its first column. temperature [T, 1]."""
-        operand = hidden if self._packed is None else amx.split(hidden)
-        for first in range(0, len(self._weight), VOCAB_BLOCK):
-            if self._packed is None:
-                x = row_invariant_matmul(operand, self.matrix[first : first + VOCAB_BLOCK]).contiguous()
-            else:
-                packed = self._packed[first // amx.SIDE : (first + VOCAB_BLOCK) // amx.SIDE]
-                x = amx.multiply(operand, packed, min(VOCAB_BLOCK, len(self._weight) - first), torch.float32)
+        for first in range(0, self._vocabulary, VOCAB_BLOCK):
+            packed = self._packed[first // COLUMNS : (first + VOCAB_BLOCK) // COLUMNS]
+            x = cpu_matmul.multiply(hidden, packed, min(VOCAB_BLOCK, self._vocabulary - first), torch.float32)
             yield first, _tempered(x, temperature)
 
     def whole(self, hidden: Tensor, temperature: Tensor) -> Tensor:
         """x [T, V], in the same bits."""
-        if self._packed is None:
-            x = row_invariant_matmul_by_parts(hidden, self.matrix, VOCAB_BLOCK)
-        else:
-            x = amx.multiply(amx.split(hidden), self._packed, len(self._weight), torch.float32)
-        return _tempered(x, temperature)
+        return _tempered(cpu_matmul.multiply(hidden, self._packed, self._vocabulary, torch.float32), temperature)
+
+    def add_gradients(self, grad_x: Tensor, first: int, hidden: Tensor, grad_hidden: Tensor, grad_head: Tensor) -> None:
+        """grad_x [T, V'] of the logits from column `first` on, to FP32 gradients of hidden [T, D] and of W [V, D]."""
+        part = slice(first, first + grad_x.shape[1])
+        grad_hidden += cpu_matmul.matmul(grad_x, self._weight[part].to(self._dtype).float(), torch.float32)
+        grad_head[part] += cpu_matmul.matmul(grad_x.t(), hidden, torch.float32)
 
 
 def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
@@ -173,14 +164,12 @@ def _cpu_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     head = Head(weight, dtype)
-    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head.matrix)
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
     for begin in range(0, len(hidden), ROW_BLOCK):
         rows = slice(begin, begin + ROW_BLOCK)
         for first, x in head.blocks(hidden[rows], temperature[rows]):
-            part = slice(first, first + x.shape[1])
             grad_x = softmax_gradient_(x, first, targets[rows], log_sum[rows], grad[rows]).div_(temperature[rows])
-            grad_hidden[rows] += grad_x @ head.matrix[part]
-            grad_head[part] += grad_x.t() @ hidden[rows]
+            head.add_gradients(grad_x, first, hidden[rows], grad_hidden[rows], grad_head)
     return grad_hidden, grad_head
 
 

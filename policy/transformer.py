@@ -64,6 +64,10 @@ def _quantize(weight: Tensor, dtype: torch.dtype) -> ops.Fp8Weight:
     return ops.quantize_weight(weight.flatten(0, -2).to(dtype))
 
 
+def _pack_for_fp32(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return ops.pack_weight(weight, dtype, fp32_rows=True)
+
+
 class Linear(nn.Module):
     """fp8: multiplied in blockwise FP8, for which the working dtype is BF16."""
 
@@ -184,10 +188,12 @@ class MoE(nn.Module):
         self.config, self.dtype, self.rounded = config, dtype, False
         self.fp8 = (_Kept(_quantize), _Kept(_quantize)) if config.fp8_linear else None
         self.packed = _Kept(ops.pack_weight), _Kept(ops.pack_weight)
+        self.packed_gate = _Kept(_pack_for_fp32)
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         c = self.config
-        logits = ops.fp32_linear(x, self.gate.weight, self.dtype)
+        packed = self.packed_gate(self.gate.weight, self.dtype) if self.rounded else None
+        logits = ops.fp32_linear(x, self.gate.weight, self.dtype, packed)
         ids, weights = ops.route(
             logits,
             self.expert_bias,
@@ -268,7 +274,7 @@ class Policy(nn.Module):
         self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self._packed_head = _Kept(ops.pack_weight)
+        self._packed_head = _Kept(_pack_for_fp32)
         head = torch.empty(config.vocab_size, config.hidden_size)
         self.lm_head = self.word_embeddings if config.tie_word_embeddings else nn.Parameter(head)
         stretch = config.rope_scaling.stretch if config.rope_scaling else None
@@ -321,15 +327,12 @@ class Policy(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def to_working_dtype(self, device: torch.device | None = None) -> "Policy":
-        """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the rounded numbers are stored in
-        the type in which they are multiplied there: head and vectors in FP32, matrices too without BF16 units."""
+        """Drops the FP32 masters, as an engine does, and moves to `device`. On a CPU the rounded numbers of vectors are
+        stored in FP32, in which they are multiplied there."""
         device = device or self.device
         for parameter in self.parameters():
-            rounded, stored = parameter.data.to(self.dtype), self.dtype
-            if device.type == "cpu":
-                in_fp32 = parameter is self.lm_head or parameter.ndim == 1
-                stored = torch.float32 if in_fp32 else ops.product_dtype(self.dtype)
-            parameter.data = rounded.to(stored)
+            stored = torch.float32 if device.type == "cpu" and parameter.ndim == 1 else self.dtype
+            parameter.data = parameter.data.to(self.dtype).to(stored)
             parameter.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, (Linear, RMSNorm, MoE)):

@@ -81,9 +81,8 @@ def _cpu_flags() -> Iterator[Check]:
     """For the reader only: what counts is the measured speed behind the choice of dtype."""
     if flags := _proc_values("/proc/cpuinfo", ("flags", "Features")):
         present = [flag for flag in BF16_FLAGS if flag in flags.split()]
-        used = "; products by tiles of our own" if ops.has_amx() else ""
-        units = ", ".join(present) or "none, bfloat16 products are emulated"
-        yield Check("cpu", True, f"bfloat16 units: {units}{used}")
+        units = ", ".join(present) or "none"
+        yield Check("cpu", True, f"bfloat16 units: {units}; multiplied in {ops.bf16_products()}")
 
 
 def _memory_check() -> Iterator[Check]:

@@ -1,0 +1,366 @@
+"""Products of matrices on a CPU: y = x W^T, summed in FP32 and rounded once. Private to `ops`.
+
+The libraries' products cut a sum differently for some numbers of rows and threads, each by rules of its own. Here an
+element has one FP32 accumulator that runs over K in order, whatever is computed beside it (design A1, A2), and W is
+laid out once, in blocks of 32 columns, for the unit that multiplies:
+
+    tiles     BF16 by AMX, 32 products into an accumulator at a time (Intel 64 manual, TDPBF16PS)
+    pairs     BF16 by AVX-512, 2 products at a time (VDPBF16PS)
+    numbers   FP32 x by vector instructions, one product at a time, fused; W is FP32 or BF16
+
+Letters: M rows, N and K out and in features, as in y [M, N] = x [M, K] W [N, K]^T.
+"""
+
+import ctypes
+import platform
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.compiled import compiled, f32, number, share, stored
+
+try:
+    from llvmlite import binding, ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic
+except ImportError:
+    intrinsic = None
+
+COLUMNS = 32  # of W that lie side by side in memory
+DEPTH = 32  # products of a step of tiles; K is padded to a multiple where numbers go in pairs
+_LANES = 16
+_ROW_BLOCK = 128  # rows of x that stay in the cache while a thread walks its columns
+_SPEED = 16  # times that of scalar instructions, for `share`
+_REQUEST_PERMISSION, _ARCH_PRCTL, _TILE_DATA = 0x1023, 158, 18  # of Linux on x86-64
+
+
+@cache
+def _features() -> dict[str, bool]:
+    return dict(binding.get_host_cpu_features()) if intrinsic is not None else {}
+
+
+@cache
+def has_tiles() -> bool:
+    """Does this CPU have tiles for BF16, and does the system let this process use them?"""
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return False
+    if not (_features().get("amx-tile") and _features().get("amx-bf16")):
+        return False
+    return ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+
+
+@cache
+def has_pairs() -> bool:
+    """Does this CPU multiply BF16 numbers, in tiles or in pairs?"""
+    return has_tiles() or bool(_features().get("avx512bf16"))
+
+
+def bf16_products() -> str:
+    """How this CPU multiplies BF16 numbers: in "tiles", in "pairs", or as FP32 "numbers"."""
+    return "tiles" if has_tiles() else "pairs" if has_pairs() else "numbers"
+
+
+# Accumulators must fit the registers: 32 of 16 numbers with AVX-512, else 16 of 8.
+_TILE_ROWS, _TILE_VECTORS = (8, 2) if _features().get("avx512f") else (4, 1)
+_TILE_SIDE = 32  # rows and columns that AMX takes in four tiles
+
+
+if intrinsic is not None:
+
+    class _Named(ir.Type):
+        """A type of LLVM that llvmlite has no class for."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def _to_string(self) -> str:
+            return self._name
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, _Named) and other._name == self._name
+
+        def __hash__(self) -> int:
+            return hash(self._name)
+
+    def _pointer(context, builder, signature, args, position, element=None):
+        """To the memory of an array argument."""
+        data = context.make_array(signature.args[position])(context, builder, value=args[position]).data
+        return builder.bitcast(data, element.as_pointer()) if element else data
+
+    @intrinsic
+    def _multiply_vectors(_, x, x_at, x_stride, rows, weight, weight_at, terms, sums, sums_at):
+        """sums[_TILE_ROWS, COLUMNS] from column sums_at on = sums over `terms` of W's rows, for 1 <= rows <= _TILE_ROWS
+        rows of x; whatever in the sums of other rows. x begins at x_at, its rows x_stride apart; packed columns begin
+        at weight_at. Of type int32, both hold pairs of BF16 numbers; else x is FP32 and int16 of W BF16."""
+
+        def generate(context, builder, signature, args):
+            word, half, size = ir.IntType(32), ir.IntType(16), args[1].type
+            floats, words = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(word, _LANES)
+            x, weight, sums = (_pointer(context, builder, signature, args, i) for i in (0, 4, 7))
+            x_at, x_stride, rows, weight_at, terms, sums_at = (args[i] for i in (1, 2, 3, 5, 6, 8))
+            lanes, none = ir.Constant(words, None), ir.Constant(word, 0)
+            kind = signature.args[4].dtype
+
+            def number_of(n):
+                return ir.Constant(size, n)
+
+            def vector(at):
+                place = builder.gep(weight, [at])
+                if kind != types.int16:
+                    vectors = words if kind == types.int32 else floats
+                    return builder.load(builder.bitcast(place, vectors.as_pointer()), align=4)
+                halves = ir.VectorType(half, _LANES)
+                wide = builder.zext(builder.load(builder.bitcast(place, halves.as_pointer()), align=2), words)
+                return builder.bitcast(builder.shl(wide, ir.Constant(words, [16] * _LANES)), floats)
+
+            def everywhere(value):
+                vectors = ir.VectorType(value.type, _LANES)
+                undefined = ir.Constant(vectors, ir.Undefined)
+                return builder.shuffle_vector(builder.insert_element(undefined, value, none), undefined, lanes)
+
+            def add_product(total, a, b):
+                if kind == types.int32:
+                    pairs = ir.VectorType(_Named("bfloat"), 2 * _LANES)
+                    name, operands = "llvm.x86.avx512bf16.dpbf16ps.512", (floats, pairs, pairs)
+                    values = total, builder.bitcast(a, pairs), builder.bitcast(b, pairs)
+                else:
+                    name, operands, values = f"llvm.fma.v{_LANES}f32", (floats,) * 3, (a, b, total)
+                function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(floats, operands), name)
+                return builder.call(function, values)
+
+            places = []
+            for r in range(_TILE_ROWS):
+                last = builder.sub(rows, number_of(1))
+                exists = builder.icmp_signed("<", number_of(r), rows)
+                row = builder.select(exists, number_of(r), last)
+                places.append(builder.gep(x, [builder.add(x_at, builder.mul(row, x_stride))]))
+            totals = [[cgutils.alloca_once(builder, floats) for _ in range(_TILE_VECTORS)] for _ in range(_TILE_ROWS)]
+            for own in totals:
+                for total in own:
+                    builder.store(ir.Constant(floats, None), total)
+            with cgutils.for_range(builder, terms) as loop:
+                at = builder.add(weight_at, builder.mul(loop.index, number_of(COLUMNS)))
+                columns = [vector(builder.add(at, number_of(_LANES * v))) for v in range(_TILE_VECTORS)]
+                for place, own in zip(places, totals, strict=True):
+                    value = everywhere(builder.load(builder.gep(place, [loop.index])))
+                    for column, total in zip(columns, own, strict=True):
+                        builder.store(add_product(builder.load(total), value, column), total)
+            for r, own in enumerate(totals):
+                for v, total in enumerate(own):
+                    at = builder.gep(sums, [builder.add(sums_at, number_of(COLUMNS * r + _LANES * v))])
+                    builder.store(builder.load(total), builder.bitcast(at, floats.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        i = types.intp
+        return types.void(x, i, i, i, weight, i, i, sums, i), generate
+
+    @intrinsic
+    def _multiply_tiles(_, x, x_at, x_stride, weight, weight_at, steps, sums):
+        """sums FP32 [32, 32] over `steps` >= 1 of DEPTH products. x begins at byte x_at, its rows x_stride bytes apart;
+        packed columns begin at byte weight_at."""
+
+        def generate(context, builder, signature, args):
+            half, wide = ir.IntType(16), ir.IntType(64)
+            tile, nothing = _Named("x86_amx"), ir.VoidType()
+            x, weight, sums = (_pointer(context, builder, signature, args, i, ir.IntType(8)) for i in (0, 3, 6))
+            x_at, x_stride, weight_at, steps = args[1], args[2], args[4], args[5]
+            rows, columns = ir.Constant(half, 16), ir.Constant(half, 64)  # columns in bytes
+
+            def call(name, result, *values):
+                function = ir.FunctionType(result, [value.type for value in values])
+                return builder.call(cgutils.get_or_insert_function(builder.module, function, name), values)
+
+            def number_of(n):
+                return ir.Constant(wide, n)
+
+            def load(array, at, stride):
+                return call("llvm.x86.tileloadd64.internal", tile, rows, columns, builder.gep(array, [at]), stride)
+
+            zeros = [call("llvm.x86.tilezero.internal", tile, rows, columns) for _ in range(4)]
+            before, loop = builder.block, builder.append_basic_block()
+            after = builder.append_basic_block()
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            step, *totals = (builder.phi(each) for each in (wide, tile, tile, tile, tile))
+            column = builder.add(weight_at, builder.mul(step, number_of(2 * DEPTH * COLUMNS)))
+            right = [load(weight, builder.add(column, number_of(n)), number_of(4 * COLUMNS)) for n in (0, 64)]
+            begin = builder.add(x_at, builder.mul(step, number_of(2 * DEPTH)))
+            lower = builder.add(begin, builder.mul(x_stride, number_of(16)))
+            left = [load(x, at, x_stride) for at in (begin, lower)]
+            added = [
+                call("llvm.x86.tdpbf16ps.internal", tile, rows, columns, columns, totals[2 * i + j], left[i], right[j])
+                for i in range(2)
+                for j in range(2)
+            ]
+            following = builder.add(step, number_of(1))
+            for phi, first, later in zip([step, *totals], [number_of(0), *zeros], [following, *added], strict=True):
+                phi.add_incoming(first, before)
+                phi.add_incoming(later, loop)
+            builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
+            builder.position_at_end(after)
+            for i in range(2):
+                for j in range(2):
+                    at = builder.gep(sums, [number_of(4 * COLUMNS * 16 * i + 64 * j)])
+                    stride, total = number_of(4 * COLUMNS), added[2 * i + j]
+                    call("llvm.x86.tilestored64.internal", nothing, rows, columns, at, stride, total)
+            return context.get_dummy_value()
+
+        i = types.intp
+        return types.void(x, i, i, weight, i, i, sums), generate
+
+
+@compiled
+def _store(sums, rows, y, row, column):
+    """The first rows of sums [., COLUMNS] to y, rounded, as far as y has columns."""
+    columns = min(COLUMNS, y.shape[1] - column)
+    for r in range(rows):
+        result, target = sums[r], y[row + r, column : column + columns]
+        if columns == COLUMNS:
+            for i in range(COLUMNS):  # a length known beforehand is faster
+                target[i] = stored(result[i], y)
+        else:
+            for i in range(columns):
+                target[i] = stored(result[i], y)
+
+
+@compiled
+def _longest(bounds, blocks, begin, end):
+    """Rows of the largest group that items begin .. end - 1 meet."""
+    longest = 0
+    for group in range(begin // blocks, (end + blocks - 1) // blocks):
+        longest = max(longest, bounds[group + 1] - bounds[group])
+    return longest
+
+
+# Items are blocks of columns of y, group by group: rows bounds[g] .. bounds[g + 1] - 1 have weight g.
+
+
+@compiled
+def _vector_kernel(begin, end, x, packed, bounds, y):
+    """x [M, K] FP32 or pairs [M, K / 2]; packed [blocks of all groups, K or K / 2, COLUMNS]."""
+    blocks, terms, stride = len(packed) // (len(bounds) - 1), packed.shape[1], x.shape[1]
+    sums = np.empty((_TILE_ROWS, COLUMNS), f32)
+    for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
+        for item in range(begin, end):
+            block, first, last = item % blocks, bounds[item // blocks] + top, bounds[item // blocks + 1]
+            for row in range(first, min(first + _ROW_BLOCK, last), _TILE_ROWS):
+                rows = min(_TILE_ROWS, last - row)
+                for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
+                    at = item * terms * COLUMNS + column
+                    _multiply_vectors(x, row * stride, stride, rows, packed, at, terms, sums, column)
+                _store(sums, rows, y, row, block * COLUMNS)
+
+
+@compiled
+def _tile_kernel(begin, end, x, packed, bounds, y):
+    """x in pairs [M, K / 2], packed [blocks of all groups, K / 2, COLUMNS]."""
+    blocks, steps = len(packed) // (len(bounds) - 1), packed.shape[1] // (DEPTH // 2)
+    rows, stride, size = x.shape[0], x.shape[1] * 4, packed.shape[1] * COLUMNS * 4
+    tail, tail_from = np.zeros((_TILE_SIDE, x.shape[1]), x.dtype), rows
+    sums = np.empty((_TILE_SIDE, COLUMNS), f32)
+    for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
+        for item in range(begin, end):
+            block, first, last = item % blocks, bounds[item // blocks] + top, bounds[item // blocks + 1]
+            for row in range(first, min(first + _ROW_BLOCK, last), _TILE_SIDE):
+                if row + _TILE_SIDE <= rows:
+                    _multiply_tiles(x, row * stride, stride, packed, item * size, steps, sums)
+                else:  # the memory ends before the tile does
+                    if tail_from != row:
+                        tail[: rows - row], tail_from = x[row:], row
+                    _multiply_tiles(tail, 0, stride, packed, item * size, steps, sums)
+                _store(sums, min(_TILE_SIDE, last - row), y, row, block * COLUMNS)
+
+
+# Items are blocks of columns; packed [blocks, K / 2, COLUMNS, 2] or [blocks, K, COLUMNS], zero where W has ended.
+
+
+@compiled
+def _pack_pairs_kernel(begin, end, weight, packed):
+    """weight [N, K]"""
+    for block in range(begin, end):
+        for column in range(min(COLUMNS, weight.shape[0] - block * COLUMNS)):
+            row = weight[block * COLUMNS + column]
+            for k in range(row.shape[0]):
+                packed[block, k // 2, column, k % 2] = stored(number(row[k]), packed)
+
+
+@compiled
+def _pack_numbers_kernel(begin, end, weight, packed):
+    """weight [N, K]"""
+    for block in range(begin, end):
+        for column in range(min(COLUMNS, weight.shape[0] - block * COLUMNS)):
+            row = weight[block * COLUMNS + column]
+            for k in range(row.shape[0]):
+                packed[block, k, column] = stored(number(row[k]), packed)
+
+
+@compiled
+def _pack_transposed_pairs_kernel(begin, end, weight, packed):
+    """weight [K, N]"""
+    for block in range(begin, end):
+        first, last = block * COLUMNS, min((block + 1) * COLUMNS, weight.shape[1])
+        for k in range(weight.shape[0]):
+            source, target = weight[k, first:last], packed[block, k // 2]
+            for column in range(last - first):
+                target[column, k % 2] = stored(number(source[column]), packed)
+
+
+@compiled
+def _pack_transposed_numbers_kernel(begin, end, weight, packed):
+    """weight [K, N]"""
+    for block in range(begin, end):
+        first, last = block * COLUMNS, min((block + 1) * COLUMNS, weight.shape[1])
+        for k in range(weight.shape[0]):
+            source, target = weight[k, first:last], packed[block, k]
+            for column in range(last - first):
+                target[column] = stored(number(source[column]), packed)
+
+
+def pack(weight: Tensor, dtype: torch.dtype, pairs: bool, transposed: bool = False) -> Tensor:
+    """Weight [..., N, K], or [..., K, N] if `transposed`, N and K >= 1, in FP32 or BF16, rounded to `dtype`, one of
+    them -> as `multiply` reads it: in `pairs` [..., N', K', COLUMNS, 2], for FP32 rows [..., N', K, COLUMNS]."""
+    *outer, rows, columns = weight.shape
+    width, terms = (columns, rows) if transposed else (rows, columns)
+    blocks = -(-width // COLUMNS)
+    shape = (-(-terms // DEPTH) * DEPTH // 2, COLUMNS, 2) if pairs else (terms, COLUMNS)
+    packed = torch.zeros(*outer, blocks, *shape, dtype=dtype)
+    kernel = {
+        (True, False): _pack_pairs_kernel,
+        (False, False): _pack_numbers_kernel,
+        (True, True): _pack_transposed_pairs_kernel,
+        (False, True): _pack_transposed_numbers_kernel,
+    }[pairs, transposed]
+    matrices = weight.detach().contiguous().view(-1, *weight.shape[-2:])
+    for matrix, target in zip(matrices, packed.view(-1, blocks, *shape), strict=True):
+        share(kernel, blocks, 4 * matrix.numel(), matrix, target)
+    return packed
+
+
+def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype, counts: list[int] | None = None) -> Tensor:
+    """x [M, K], packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32.
+
+    x is rounded to BF16 where the weight is packed in pairs, and taken as FP32 where not. counts: rows of each group of
+    x, for a packed weight each [E, ...].
+    """
+    packed = packed if counts is not None else packed.unsqueeze(0)
+    bounds = np.cumsum([0, *([len(x)] if counts is None else counts)])
+    if packed.ndim == 5:
+        x, missing = x.to(torch.bfloat16), 2 * packed.shape[2] - x.shape[1]
+        x = (F.pad(x, (0, missing)) if missing else x.contiguous()).view(torch.int32)
+        packed = packed.view(torch.int32).squeeze(-1)
+    else:
+        x = x.float().contiguous()
+    kernel = _tile_kernel if x.dtype == torch.int32 and has_tiles() else _vector_kernel
+    y = torch.empty(len(x), width, dtype=out)
+    blocks = packed.flatten(0, 1)
+    share(kernel, len(blocks), 2 * len(x) * width * packed.shape[2] // _SPEED, x, blocks, bounds, y)
+    return y
+
+
+def matmul(a: Tensor, b: Tensor, out: torch.dtype) -> Tensor:
+    """a [M, K] @ b [K, N], both FP32 or both BF16 -> [M, N] in `out`, one of them: for gradients."""
+    return multiply(a, pack(b, b.dtype, b.dtype == torch.bfloat16 and has_pairs(), transposed=True), b.shape[1], out)
