@@ -36,7 +36,6 @@ from ops.softmax_attention import PagedCache, softmax_attention, softmax_attenti
 from ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
-    "bf16_products",
     "FAST_FORMS",
     "ChunkLayout",
     "DecayTables",
@@ -46,6 +45,7 @@ __all__ = [
     "Quantized",
     "add_rms_norm",
     "addressed_uniform",
+    "bf16_products",
     "clip_gradients",
     "cross_entropy",
     "cross_entropy_reference",
