@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import ops
-from policy.cache import CachePools, key_dtype
+from policy.cache import CachePools
 from policy.transformer import Linear, Policy
 
 PARTS = {
@@ -118,8 +118,9 @@ def weight_bytes(policy: Policy) -> int:
 
 def bytes_per_sequence(policy: Policy) -> int:
     """What a decoded token reads: states and open chunks, and of keys and values the two blocks that 96 tokens fill."""
-    kept = key_dtype(policy.dtype, policy.device)
-    return CachePools.bytes_per_slot(policy.config, kept) + 2 * CachePools.bytes_per_block(policy.config, kept)
+    return CachePools.bytes_per_slot(policy.config, policy.dtype) + 2 * CachePools.bytes_per_block(
+        policy.config, policy.dtype
+    )
 
 
 def _median_seconds(run: Callable[[], object], repeats: int = 20) -> float:

@@ -3,7 +3,7 @@
 from ops.compiled import has_openmp
 from ops.cpu_matmul import bf16_products
 from ops.cross_entropy import cross_entropy, cross_entropy_reference
-from ops.dispatch import FAST_FORMS, explain, is_fast, use_fast
+from ops.dispatch import FAST_FORMS, can_record, explain, is_fast, use_fast
 from ops.experts import experts, experts_reference, fp8_experts, trained_fp8_experts
 from ops.fp8 import (
     Fp8Weight,
@@ -22,6 +22,7 @@ from ops.layout import ChunkLayout
 from ops.linear import fp32_linear, linear, linear_reference, pack_weight
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
 from ops.log_probs import full_log_probs, log_probs, log_probs_reference
+from ops.recording import Recording
 from ops.rms_norm import (
     add_rms_norm,
     grouped_rms_norm_gate,
@@ -43,9 +44,11 @@ __all__ = [
     "LightningCache",
     "PagedCache",
     "Quantized",
+    "Recording",
     "add_rms_norm",
     "addressed_uniform",
     "bf16_products",
+    "can_record",
     "clip_gradients",
     "cross_entropy",
     "cross_entropy_reference",

@@ -12,8 +12,10 @@ folder, under a digest of all sources here.
 import hashlib
 import importlib
 import os
-from collections.abc import Callable
-from functools import cache
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -79,11 +81,27 @@ def share(kernel: Any, items: int, operations: int, *arguments: Any) -> None:
     arrays = [array(x) if isinstance(x, Tensor) else x for x in arguments]
     parts = min(torch.get_num_threads(), items, operations // MIN_SHARE)
     if parts < 2 or not _has_team():
-        kernel(0, items, *arrays)
-        return
-    if numba.get_num_threads() != (threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
-        numba.set_num_threads(threads)
-    _shared(kernel)(parts, items, *arrays)
+        call = partial(kernel, 0, items, *arrays)
+    else:
+        if numba.get_num_threads() != (threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
+            numba.set_num_threads(threads)
+        call = partial(_shared(kernel), parts, items, *arrays)
+    call()
+    if watch := getattr(_watchers, "watch", None):
+        watch(call)
+
+
+_watchers = threading.local()
+
+
+@contextmanager
+def watching(watch: Callable[[Callable[[], None]], object]) -> Iterator[None]:
+    """Tells `watch` of every kernel's call that this thread makes."""
+    _watchers.watch = watch
+    try:
+        yield
+    finally:
+        del _watchers.watch
 
 
 def _share(parts, items, *arguments):
@@ -95,7 +113,7 @@ def _share(parts, items, *arguments):
 def _shared(kernel: Any) -> Any:
     """`_share` of this kernel. A function of its own, because Numba keeps no compiled code of closures."""
     own = FunctionType(_share.__code__, {**globals(), "kernel": kernel})
-    own.__module__, own.__qualname__ = kernel.__module__, f"share{kernel.__name__}"
+    own.__module__, own.__name__, own.__qualname__ = kernel.__module__, (name := f"share{kernel.__name__}"), name
     return compiled(own, parallel=True)
 
 
@@ -207,7 +225,7 @@ if numba is not None:
         @intrinsic
         def add(_, weights, x, x_at, step, panel, out, out_at, terms):
             """out[out_at + PANEL p + i] += weights[t] x[x_at + step t + panel p + i] for t < terms in order, at places
-            in memory. The sums stay in registers, which LLVM does not find by itself."""
+            in memory, x FP32 or BF16. The sums stay in registers, which LLVM does not find by itself."""
 
             def generate(context, builder, signature, args):
                 weights, x, out = (
@@ -220,8 +238,16 @@ if numba is not None:
                     builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{PANEL}f32"
                 )
 
-                def place(array, at):
-                    return builder.bitcast(builder.gep(array, [at]), vector.as_pointer())
+                def place(array, at, kind=vector):
+                    return builder.bitcast(builder.gep(array, [at]), kind.as_pointer())
+
+                def numbers(at):
+                    if signature.args[1].dtype == types.float32:
+                        return builder.load(place(x, at), align=4)
+                    wide = ir.VectorType(index, PANEL)
+                    halves = builder.load(place(x, at, ir.VectorType(ir.IntType(16), PANEL)), align=2)
+                    high = builder.shl(builder.zext(halves, wide), ir.Constant(wide, [16] * PANEL))
+                    return builder.bitcast(high, vector)
 
                 def result(p):
                     return place(out, builder.add(out_at, ir.Constant(out_at.type, PANEL * p)))
@@ -235,7 +261,7 @@ if numba is not None:
                     weight = builder.shuffle_vector(weight, none, lanes)
                     at = builder.add(x_at, builder.mul(loop.index, step))
                     for total in sums:
-                        row = builder.load(place(x, at), align=4)
+                        row = numbers(at)
                         builder.store(builder.call(multiply_add, [weight, row, builder.load(total)]), total)
                         at = builder.add(at, panel)
                 for p, total in enumerate(sums):
@@ -332,7 +358,7 @@ def add_weighted(weights, rows, count, out):
     for j in range(count):
         row = rows[j]
         for e in range(panels * PANEL, width):
-            out[e] = fma(weights[j], row[e], out[e])
+            out[e] = fma(weights[j], number(row[e]), out[e])
 
 
 # The keys of a chunk lie in panels [C / W, d, W]: W neighbouring keys side by side, for vector instructions, and a key
@@ -358,4 +384,4 @@ def score_keys(query, keys, count, scores):
     else:
         for d in range(dim):
             for j in range(count):
-                scores[j] = fma(query[d], keys[0, d, j], scores[j])
+                scores[j] = fma(query[d], number(keys[0, d, j]), scores[j])

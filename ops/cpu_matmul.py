@@ -17,10 +17,9 @@ from functools import cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ops.compiled import compiled, f32, number, share, stored
+from ops.compiled import compiled, f32, number, plain, readable, share, stored
 
 try:
     from llvmlite import binding, ir
@@ -34,7 +33,8 @@ COLUMNS = 32  # of W that lie side by side in memory
 DEPTH = 32  # products of a step of tiles; K is padded to a multiple where numbers go in pairs
 _LANES = 16
 _ROW_BLOCK = 128  # rows of x that stay in the cache while a thread walks its columns
-_SPEED = 16  # times that of scalar instructions, for `share`
+_BLOCK_BYTES = 1 << 18  # of W, likewise
+_SPEED = 16  # times that of other kernels, for `share`
 _REQUEST_PERMISSION, _ARCH_PRCTL, _TILE_DATA = 0x1023, 158, 18  # of Linux on x86-64
 
 
@@ -236,42 +236,88 @@ def _longest(bounds, blocks, begin, end):
     return longest
 
 
-# Items are blocks of columns of y, group by group: rows bounds[g] .. bounds[g + 1] - 1 have weight g.
+@compiled
+def _together(packed):
+    """Blocks of columns that stay in the cache while rows pass by."""
+    return max(1, _BLOCK_BYTES // (packed.shape[1] * COLUMNS * packed.itemsize))
 
 
 @compiled
-def _vector_kernel(begin, end, x, packed, bounds, y):
-    """x [M, K] FP32 or pairs [M, K / 2]; packed [blocks of all groups, K or K / 2, COLUMNS]."""
-    blocks, terms, stride = len(packed) // (len(bounds) - 1), packed.shape[1], x.shape[1]
+def _round_rows(x, first, last, halves):
+    """Rows of x [M, K] to BF16 in halves [., K'], which is zero beyond K."""
+    for row in range(first, last):
+        source, target = x[row], halves[row - first]
+        for k in range(source.shape[0]):
+            target[k] = stored(number(source[k]), halves)
+
+
+# Items are blocks of columns of y, group by group: rows bounds[g] .. bounds[g + 1] - 1 of x [M, K] have weight g.
+
+
+@compiled
+def _numbers_kernel(begin, end, x, packed, bounds, y):
+    """packed [blocks of all groups, K, COLUMNS]"""
+    blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
     sums = np.empty((_TILE_ROWS, COLUMNS), f32)
+    wide = _together(packed)
     for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
-        for item in range(begin, end):
-            block, first, last = item % blocks, bounds[item // blocks] + top, bounds[item // blocks + 1]
-            for row in range(first, min(first + _ROW_BLOCK, last), _TILE_ROWS):
+        item = begin
+        while item < end:
+            group = item // blocks
+            first, last, stop = bounds[group] + top, bounds[group + 1], min(item + wide, end, (group + 1) * blocks)
+            last = min(first + _ROW_BLOCK, last)
+            for row in range(first, last, _TILE_ROWS):
                 rows = min(_TILE_ROWS, last - row)
-                for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
-                    at = item * terms * COLUMNS + column
-                    _multiply_vectors(x, row * stride, stride, rows, packed, at, terms, sums, column)
-                _store(sums, rows, y, row, block * COLUMNS)
+                for each in range(item, stop):
+                    for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
+                        at = each * terms * COLUMNS + column
+                        _multiply_vectors(x, row * terms, terms, rows, packed, at, terms, sums, column)
+                    _store(sums, rows, y, row, each % blocks * COLUMNS)
+            item = stop
 
 
 @compiled
-def _tile_kernel(begin, end, x, packed, bounds, y):
-    """x in pairs [M, K / 2], packed [blocks of all groups, K / 2, COLUMNS]."""
-    blocks, steps = len(packed) // (len(bounds) - 1), packed.shape[1] // (DEPTH // 2)
-    rows, stride, size = x.shape[0], x.shape[1] * 4, packed.shape[1] * COLUMNS * 4
-    tail, tail_from = np.zeros((_TILE_SIDE, x.shape[1]), x.dtype), rows
+def _pairs_kernel(begin, end, x, packed, bounds, y):
+    """packed [blocks of all groups, K' / 2, COLUMNS] pairs"""
+    blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
+    halves, rounded_from = np.zeros((_ROW_BLOCK, 2 * terms), np.int16), -1
+    pairs, sums = halves.view(np.int32), np.empty((_TILE_ROWS, COLUMNS), f32)
+    wide = _together(packed)
+    for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
+        item = begin
+        while item < end:
+            group = item // blocks
+            first, last, stop = bounds[group] + top, bounds[group + 1], min(item + wide, end, (group + 1) * blocks)
+            last = min(first + _ROW_BLOCK, last)
+            if first < last and first != rounded_from:
+                _round_rows(x, first, last, halves)
+                rounded_from = first
+            for row in range(first, last, _TILE_ROWS):
+                rows = min(_TILE_ROWS, last - row)
+                for each in range(item, stop):
+                    for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
+                        at = each * terms * COLUMNS + column
+                        _multiply_vectors(pairs, (row - first) * terms, terms, rows, packed, at, terms, sums, column)
+                    _store(sums, rows, y, row, each % blocks * COLUMNS)
+            item = stop
+
+
+@compiled
+def _tiles_kernel(begin, end, x, packed, bounds, y):
+    """packed [blocks of all groups, K' / 2, COLUMNS] pairs"""
+    blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
+    halves, rounded_from = np.zeros((_ROW_BLOCK, 2 * terms), np.int16), -1
+    steps, stride, size = 2 * terms // DEPTH, 4 * terms, 4 * terms * COLUMNS
     sums = np.empty((_TILE_SIDE, COLUMNS), f32)
     for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
         for item in range(begin, end):
             block, first, last = item % blocks, bounds[item // blocks] + top, bounds[item // blocks + 1]
-            for row in range(first, min(first + _ROW_BLOCK, last), _TILE_SIDE):
-                if row + _TILE_SIDE <= rows:
-                    _multiply_tiles(x, row * stride, stride, packed, item * size, steps, sums)
-                else:  # the memory ends before the tile does
-                    if tail_from != row:
-                        tail[: rows - row], tail_from = x[row:], row
-                    _multiply_tiles(tail, 0, stride, packed, item * size, steps, sums)
+            last = min(first + _ROW_BLOCK, last)
+            if first < last and first != rounded_from:
+                _round_rows(x, first, last, halves)
+                rounded_from = first
+            for row in range(first, last, _TILE_SIDE):
+                _multiply_tiles(halves, (row - first) * stride, stride, packed, item * size, steps, sums)
                 _store(sums, min(_TILE_SIDE, last - row), y, row, block * COLUMNS)
 
 
@@ -340,24 +386,22 @@ def pack(weight: Tensor, dtype: torch.dtype, pairs: bool, transposed: bool = Fal
     return packed
 
 
-def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype, counts: list[int] | None = None) -> Tensor:
-    """x [M, K], packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32.
+def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype, bounds: Tensor | None = None) -> Tensor:
+    """x [M, K] FP32 or BF16, packed from a weight of `width` rows -> [M, N] in `out`, BF16 or FP32.
 
-    x is rounded to BF16 where the weight is packed in pairs, and taken as FP32 where not. counts: rows of each group of
-    x, for a packed weight each [E, ...].
+    x is rounded to BF16 where the weight is packed in pairs, and taken as FP32 where not. bounds: int64 [E + 1], for a
+    packed weight each [E, ...]: rows bounds[e] .. bounds[e + 1] - 1 of x meet weight e.
     """
-    packed = packed if counts is not None else packed.unsqueeze(0)
-    bounds = np.cumsum([0, *([len(x)] if counts is None else counts)])
+    if bounds is None:
+        bounds, packed = torch.tensor([0, len(x)]), packed.unsqueeze(0)
     if packed.ndim == 5:
-        x, missing = x.to(torch.bfloat16), 2 * packed.shape[2] - x.shape[1]
-        x = (F.pad(x, (0, missing)) if missing else x.contiguous()).view(torch.int32)
+        kernel, x = _tiles_kernel if has_tiles() else _pairs_kernel, readable(x)
         packed = packed.view(torch.int32).squeeze(-1)
     else:
-        x = x.float().contiguous()
-    kernel = _tile_kernel if x.dtype == torch.int32 and has_tiles() else _vector_kernel
+        kernel, x = _numbers_kernel, plain(x)
     y = torch.empty(len(x), width, dtype=out)
     blocks = packed.flatten(0, 1)
-    share(kernel, len(blocks), 2 * len(x) * width * packed.shape[2] // _SPEED, x, blocks, bounds, y)
+    share(kernel, len(blocks), 2 * len(x) * width * x.shape[1] // _SPEED, x, blocks, bounds, y)
     return y
 
 

@@ -1,6 +1,6 @@
 """Which implementation of an operator runs: the one decision point, what it decided and why.
 
-    cpu     products by stock torch in the shapes that keep the alignment contract, the rest compiled; tensors on a CPU
+    cpu     our kernels, compiled by Numba; tensors on a CPU
     triton  our kernels; tensors on a GPU
     fast    what a user would pick who needs no alignment; only for operators named in `use_fast`
 
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from ops.jit import triton
@@ -73,6 +74,11 @@ def use_fast(operators: Iterable[str]) -> None:
 def is_fast(operator: str) -> bool:
     """Has `use_fast` given up alignment in it?"""
     return operator in _fast
+
+
+def can_record(device: torch.device) -> bool:
+    """May a step there be recorded and replayed? On a CPU only our own kernels read lengths anew (`ops.recording`)."""
+    return device.type == "cuda" or not (_fast or _forced is Path.TRITON)
 
 
 @contextmanager

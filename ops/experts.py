@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
+from ops.compiled import ZERO, compiled, number, plain, readable, share
 from ops.dispatch import Path, choose
 from ops.fp8 import GROUP, Fp8Weight, Quantized, quantize_rows, quantize_weight, swiglu_quantize
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
@@ -42,11 +43,11 @@ Packed = tuple[Tensor | None, Tensor | None]  # gate_up and down
 
 @dataclass(frozen=True)
 class _ExpertRows:
-    """Where assignments go: rows grouped by expert, ascending tokens inside each group."""
+    """Where assignments go: rows grouped by expert, ascending tokens inside each group. All int64."""
 
     source: Tensor  # [R] token of each row
     place: Tensor  # [T, k] row of each assignment
-    counts: list[int]  # [E] rows of each group
+    bounds: Tensor  # [E + 1] first row of each expert, and the end
 
 
 def _cpu_experts(
@@ -55,17 +56,34 @@ def _cpu_experts(
 ) -> Tensor:  # fmt: skip
     rows = _arrange(ids, len(gate_up))
     gathered = apply(_Permute, x.to(dtype), rows.source, rows.place)
-    hidden = swiglu(grouped_linear(gathered, gate_up, rows.counts, dtype, rounded, packed[0]))
-    outputs = grouped_linear(hidden, down, rows.counts, dtype, rounded, packed[1])
+    hidden = swiglu(grouped_linear(gathered, gate_up, rows.bounds, dtype, rounded, packed[0]))
+    outputs = grouped_linear(hidden, down, rows.bounds, dtype, rounded, packed[1])
     y: Tensor = apply(_Combine, outputs, weights, rows.source, rows.place)
     return y
 
 
+@compiled
+def _arrange_kernel(begin, end, ids, source, place, bounds):
+    """One item, all tokens: a counting sort."""
+    tokens, top_k = ids.shape
+    bounds[:] = 0
+    for token in range(tokens):
+        for slot in range(top_k):
+            bounds[ids[token, slot] + 1] += 1
+    for expert in range(1, len(bounds)):
+        bounds[expert] += bounds[expert - 1]
+    following = bounds.copy()
+    for token in range(tokens):
+        for slot in range(top_k):
+            expert = ids[token, slot]
+            place[token, slot], source[following[expert]] = following[expert], token
+            following[expert] += 1
+
+
 def _arrange(ids: Tensor, experts: int) -> _ExpertRows:
-    flat = ids.flatten()
-    order, counts = flat.argsort(stable=True), flat.bincount(minlength=experts)
-    place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order)))
-    return _ExpertRows(order // ids.shape[1], place.view_as(ids), counts.tolist())
+    source, place, bounds = torch.empty_like(ids.flatten()), torch.empty_like(ids), ids.new_empty(experts + 1)
+    share(_arrange_kernel, 1, ids.numel(), ids.contiguous(), source, place, bounds)
+    return _ExpertRows(source, place, bounds)
 
 
 class _Permute(torch.autograd.Function):
@@ -79,30 +97,40 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        slots = place.unbind(1)
-        total = grad.index_select(0, slots[0]).float()
-        for slot in slots[1:]:
-            total += grad.index_select(0, slot)
-        return total.to(grad.dtype), None, None
+        return _sum_rows(grad, torch.ones(place.shape), place).to(grad.dtype), None, None
+
+
+@compiled
+def _sum_rows_kernel(begin, end, rows, weights, place, y):
+    """Items are tokens."""
+    for token in range(begin, end):
+        target = y[token]
+        target[:] = ZERO
+        for slot in range(place.shape[1]):
+            row, weight = rows[place[token, slot]], weights[token, slot]
+            for d in range(target.shape[0]):
+                target[d] += number(row[d]) * weight
+
+
+def _sum_rows(rows: Tensor, weights: Tensor, place: Tensor) -> Tensor:
+    """y [T, D] = sum over slots, in order, of weights[:, slot] * rows[place[:, slot]], in FP32."""
+    y = torch.empty(len(place), rows.shape[1])
+    share(_sum_rows_kernel, len(y), 2 * place.numel() * rows.shape[1], readable(rows), plain(weights), place, y)
+    return y
 
 
 class _Combine(torch.autograd.Function):
-    """y [T, D] = sum over slots, in order, of weights[:, slot] * rows[place[:, slot]], in FP32."""
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, source: Tensor, place: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, source, place)
-        total = rows.new_zeros(len(place), rows.shape[1], dtype=torch.float32)
-        for slot, weight in zip(place.unbind(1), weights.unbind(1), strict=True):
-            total += rows.index_select(0, slot).float().mul_(weight.unsqueeze(1))
-        return total
+        return _sum_rows(rows, weights, place)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         rows, weights, source, place = ctx.saved_tensors
         per_row = grad.index_select(0, source)
         grad_weights = (per_row * rows.float()).sum(-1)[place]
-        row_weights = grad.new_zeros(len(rows)).index_copy_(0, place.flatten(), weights.flatten())
+        row_weights = grad.new_empty(len(rows)).index_copy_(0, place.flatten(), weights.flatten())
         return per_row.mul_(row_weights.unsqueeze(1)).to(rows.dtype), grad_weights, None, None
 
 
@@ -480,9 +508,9 @@ def fp8_experts(x: Tensor, gate_up: Fp8Weight, down: Fp8Weight, ids: Tensor, wei
 def _dequantized_experts(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     rows = _arrange(ids, len(gate_up))
     x = quantize_rows(x).dequantize(x.shape[1]).index_select(0, rows.source)
-    hidden = grouped_linear(x, gate_up, rows.counts, torch.float32).bfloat16()
+    hidden = grouped_linear(x, gate_up, rows.bounds, torch.float32).bfloat16()
     hidden = swiglu_quantize(hidden).dequantize(down.shape[2])
-    y = grouped_linear(hidden, down, rows.counts, torch.float32).bfloat16()
+    y = grouped_linear(hidden, down, rows.bounds, torch.float32).bfloat16()
     combined: Tensor = apply(_Combine, y, weights, rows.source, rows.place)
     return combined
 

@@ -43,7 +43,6 @@ class ChunkLayout:
     starts: np.ndarray  # [S] position of its first new token
     position_ids: Tensor  # [T]
     token_slot: Tensor  # [T] tile * C + row of each token
-    token_row: Tensor  # [T] row inside its tile
     token_sequence: np.ndarray  # [T]
     ranks: tuple[tuple[int, int], ...]  # (first tile, count) of each rank
     sequence_tiles: np.ndarray  # [S, ranks] tile numbers, -1 where a sequence has none
@@ -94,7 +93,6 @@ class ChunkLayout:
             starts=p0,
             position_ids=torch.from_numpy(positions).to(device),
             token_slot=torch.from_numpy(tile * chunk_size + positions % chunk_size),
-            token_row=torch.from_numpy(positions % chunk_size),
             token_sequence=sequence,
             ranks=tuple(zip(rank_first[:-1].tolist(), rank_counts.tolist(), strict=True)),
             sequence_tiles=sequence_tiles,
@@ -113,10 +111,17 @@ class ChunkLayout:
         """Pairs of a new token and a token of its sequence up to it."""
         return int((self.position_ids + 1).sum())
 
-    @cached_property
-    def token_chunk(self) -> np.ndarray:
-        """[T] chunk index of each token inside its sequence, from position 0."""
-        return self.position_ids.cpu().numpy() // self.chunk_size
+    def move(self, positions: np.ndarray) -> None:
+        """Puts the tokens of a decode layout at other positions, [S], in the memory that kernels of a recorded step
+        read. What a GPU's host reads stays as it was built."""
+        assert self.is_decode, "only sequences of one token keep their tiles wherever they are"
+        starts, chunks = torch.from_numpy(positions), torch.from_numpy(positions // self.chunk_size)
+        self.position_ids.copy_(starts)
+        if self.device.type == "cpu":
+            self.starts[:], self.tile_chunk[:] = starts.numpy(), chunks.numpy()
+        else:
+            self.tables.starts.copy_(starts)
+            self.tables.tile_chunk.copy_(chunks)
 
     def planned(self, name: Hashable, source: object, build: Callable[[], Any]) -> Any:
         """What `build` makes of this layout and `source`, which must not change: once for all layers of a forward."""

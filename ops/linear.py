@@ -43,8 +43,7 @@ def linear(
     """
     if choose("linear", x) is Path.FAST:
         return F.linear(x.to(dtype), weight.to(dtype))
-    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, dtype, rounded, packed)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return _linear(x, weight, dtype, dtype, rounded, packed)
 
 
 def fp32_linear(x: Tensor, weight: Tensor, dtype: torch.dtype, packed: Tensor | None = None) -> Tensor:
@@ -55,16 +54,26 @@ def fp32_linear(x: Tensor, weight: Tensor, dtype: torch.dtype, packed: Tensor | 
     """
     if choose("linear", x) is Path.FAST:
         return F.linear(x.float(), weight.to(dtype).float())
-    y: Tensor = apply(_Linear, x.reshape(-1, x.shape[-1]), weight, dtype, torch.float32, False, packed)
+    return _linear(x, weight, dtype, torch.float32, False, packed)
+
+
+def _linear(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, precision: torch.dtype, rounded: bool, packed: Tensor | None
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if packed is not None and not torch.is_grad_enabled() and choose("linear", x) is Path.CPU:
+        y = cpu_matmul.multiply(rows, packed, weight.shape[0], precision)
+    else:
+        y = apply(_Linear, rows, weight, dtype, precision, rounded, packed)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, counts: list[int], dtype: torch.dtype, rounded: bool = False,
-    packed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """One linear layer per group: x [M, K] in groups of `counts` rows, weight [E, N, K] -> [M, N] in `dtype`."""
-    y: Tensor = apply(_GroupedLinear, x, weight, counts, dtype, rounded, packed)
+    x: Tensor, weight: Tensor, bounds: Tensor, dtype: torch.dtype, rounded: bool = False, packed: Tensor | None = None
+) -> Tensor:
+    """One linear layer per group, on a CPU: rows bounds[e] .. bounds[e + 1] - 1 of x [M, K] with weight e of [E, N, K]
+    -> [M, N] in `dtype`. bounds int64 [E + 1]."""
+    y: Tensor = apply(_GroupedLinear, x, weight, bounds, dtype, rounded, packed)
     return y
 
 
@@ -135,24 +144,24 @@ class _GroupedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        counts: list[int],
+        bounds: Tensor,
         dtype: torch.dtype,
         rounded: bool,
         packed: Tensor | None,
     ) -> Tensor:
         operand, matrices = x.to(dtype), weight if rounded else weight.to(dtype)
-        ctx.save_for_backward(operand, matrices)
-        ctx.counts, ctx.dtypes = counts, (x.dtype, weight.dtype)
-        return cpu_matmul.multiply(operand, _packed(matrices, dtype, dtype, packed), weight.shape[1], dtype, counts)
+        ctx.save_for_backward(operand, matrices, bounds)
+        ctx.dtypes = x.dtype, weight.dtype
+        return cpu_matmul.multiply(operand, _packed(matrices, dtype, dtype, packed), weight.shape[1], dtype, bounds)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        (x_dtype, weight_dtype), (operand, matrices) = ctx.dtypes, ctx.saved_tensors
+        (x_dtype, weight_dtype), (operand, matrices, bounds) = ctx.dtypes, ctx.saved_tensors
         matrices, grad = matrices.to(operand.dtype), grad.to(operand.dtype)
         packed = cpu_matmul.pack(matrices, operand.dtype, _in_pairs(operand.dtype), transposed=True)
-        grad_x = cpu_matmul.multiply(grad, packed, operand.shape[1], operand.dtype, ctx.counts)
-        grad_weight = torch.zeros_like(matrices)
-        for out, each, rows in zip(grad_weight, grad.split(ctx.counts), operand.split(ctx.counts), strict=True):
+        grad_x = cpu_matmul.multiply(grad, packed, operand.shape[1], operand.dtype, bounds)
+        grad_weight, counts = torch.zeros_like(matrices), bounds.diff().tolist()
+        for out, each, rows in zip(grad_weight, grad.split(counts), operand.split(counts), strict=True):
             if len(rows):
                 out.copy_(cpu_matmul.matmul(each.t(), rows, operand.dtype))
         return grad_x.to(x_dtype), grad_weight.to(weight_dtype), None, None, None, None

@@ -13,7 +13,7 @@ A decode step has one query row but the same keys, values and state as the train
 same bits alone or among others, so decode = prefill = training in bits. The state is FP32, read at every step and
 written once per chunk; the K and V of the open chunk wait in the cache.
 
-The CPU path multiplies in FP32. The Triton path multiplies BF16 operands where v is BF16, else FP32, and accumulates in
+The CPU path computes in FP32. The Triton path multiplies BF16 operands where v is BF16, else FP32, and accumulates in
 FP32; q k^T lambda^(i-j) and lambda^(C-1-j) v are rounded to the operand type, S is read as a sum of two BF16 terms.
 
 Letters: T tokens, N tiles, S sequences, H heads, C chunk length, d head dimension, R query rows.
@@ -28,7 +28,20 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ZERO, add_weighted, compiled, f32, fma, number, panels_of, plain, readable, score_keys, share
+from ops.compiled import (
+    ZERO,
+    add_weighted,
+    compiled,
+    f32,
+    fma,
+    number,
+    panels_of,
+    plain,
+    readable,
+    score_keys,
+    share,
+    stored,
+)
 from ops.dispatch import Path, choose
 from ops.jit import ALIGNMENT, aligned, jit, launch, like, tl, triton_dtype
 from ops.layout import ChunkLayout
@@ -92,7 +105,7 @@ def _advance_state(state, keys, values, key_decay, chunk_decay, weights, update)
     chunk, width = values.shape[0], keys.shape[2]
     for d in range(state.shape[0]):
         for j in range(chunk):
-            weights[j] = keys[j // width, d, j % width] * key_decay[j, 0]
+            weights[j] = number(keys[j // width, d, j % width]) * key_decay[j, 0]
         update[:] = ZERO
         add_weighted(weights, values, chunk, update)
         for e in range(update.shape[0]):
@@ -120,9 +133,9 @@ def _cpu_lightning_kernel(
             panel, value, decay = keys[row // width], values[row], tile_decay[head, row]
             for d in range(dim):
                 query[d] = q[token, head, d] * scale
-                panel[d, row % width] = k[token, head, d]
+                panel[d, row % width] = stored(number(k[token, head, d]), key_pool)
             for d in range(dim):
-                value[d] = number(v[token, head, d])
+                value[d] = stored(number(v[token, head, d]), value_pool)
             score_keys(query, keys, row + 1, scores)
             for j in range(row + 1):
                 scores[j] *= decay[j]
@@ -140,7 +153,7 @@ def _cpu_attend(
     q: Tensor, k: Tensor, v: Tensor, decay: DecayTables, layout: ChunkLayout, cache: LightningCache, previous: Tensor
 ) -> Tensor:
     """FP32 [T, H, d]; the cache takes in the new tokens."""
-    q, k, v = plain(q), plain(k), readable(v)
+    q, k, v = plain(q), readable(k), readable(v)
     (heads, _, dim), chunk = cache.value.shape[1:], layout.chunk_size
     out = torch.empty_like(q)
     share(
@@ -156,8 +169,8 @@ def _cpu_forward(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what backward needs: the tokens and the states before their tiles."""
     sequences, (heads, dim), chunk = len(layout.lengths), q.shape[1:], layout.chunk_size
-    state, open_chunk = torch.zeros(sequences, heads, dim, dim), torch.empty(2, sequences, heads, chunk, dim)
-    cache = LightningCache(state, open_chunk[0], open_chunk[1], torch.arange(sequences))
+    state, shape = torch.zeros(sequences, heads, dim, dim), (sequences, heads, chunk, dim)
+    cache = LightningCache(state, k.new_empty(shape), v.new_empty(shape), torch.arange(sequences))
     previous = torch.empty(layout.num_tiles, heads, dim, dim)
     return _cpu_attend(q, k, v, decay, layout, cache, previous), (q, k, v, previous)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import compiled, f32, number, plain, share
+from ops.compiled import ONE, compiled, f32, number, plain, share, stored
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
 from ops.rms_norm import norm_backward, norm_scale, rms_norm_reference
@@ -63,30 +63,40 @@ def qk_norm_rope_reference(
 
 
 @compiled
-def _cpu_kernel(begin, end, qkv, weight, table, position_ids, eps, q, k, v, scale):
-    """Items are tokens; weight [H + K, d] may have no rows."""
-    heads, kv_heads, dim, half = q.shape[1], k.shape[1], q.shape[2], table.shape[2]
-    lanes, normed = np.empty(8, f32), np.empty(dim, f32)
+def _turn(x, factors, eps, cos, sin, lanes, normed, y):
+    """One head of one token, normed where there are factors [d]; returns the scale of its norm."""
+    half, scale = cos.shape[0], ONE
+    if factors.shape[0] > 0:
+        scale = norm_scale(x, eps, lanes)
+        for d in range(x.shape[0]):
+            normed[d] = number(x[d]) * scale * factors[d]
+    else:
+        for d in range(x.shape[0]):
+            normed[d] = number(x[d])
+    # Two rounded products and one sum.
+    second = normed[half:]
+    for d in range(half):
+        y[d] = stored(normed[d] * cos[d] - second[d] * sin[d], y)
+    turned = y[half:]
+    for d in range(half):
+        turned[d] = stored(second[d] * cos[d] + normed[d] * sin[d], y)
+    for d in range(2 * half, x.shape[0]):
+        y[d] = stored(normed[d], y)
+    return scale
+
+
+@compiled
+def _cpu_kernel(begin, end, qkv, q_weight, k_weight, table, position_ids, eps, q, k, v, scale):
+    """Items are tokens; the weights [d] may be empty."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    lanes, normed = np.empty(8, f32), np.empty(q.shape[2], f32)
     for token in range(begin, end):
         cos, sin = table[position_ids[token], 0], table[position_ids[token], 1]
-        for head in range(heads + kv_heads):
-            x, y = qkv[token, head], q[token, head] if head < heads else k[token, head - heads]
-            if weight.shape[0] > 0:
-                factors = weight[head]
-                scale[token, head] = norm_scale(x, eps, lanes)
-                for d in range(dim):
-                    normed[d] = number(x[d]) * scale[token, head] * factors[d]
-            else:
-                for d in range(dim):
-                    normed[d] = number(x[d])
-            # Two rounded products and one sum.
-            second = normed[half:]
-            for d in range(half):
-                y[d] = normed[d] * cos[d] - second[d] * sin[d]
-            turned = y[half:]
-            for d in range(half):
-                turned[d] = second[d] * cos[d] + normed[d] * sin[d]
-            y[2 * half :] = normed[2 * half :]
+        for head in range(heads):
+            scale[token, head] = _turn(qkv[token, head], q_weight, eps, cos, sin, lanes, normed, q[token, head])
+        for head in range(kv_heads):
+            x, y = qkv[token, heads + head], k[token, head]
+            scale[token, heads + head] = _turn(x, k_weight, eps, cos, sin, lanes, normed, y)
         v[token] = qkv[token, heads + kv_heads :]
 
 
@@ -101,31 +111,38 @@ def _turn_back(grad: Tensor, table: Tensor, position_ids: Tensor) -> Tensor:
 
 
 class _CpuQKNormRope(torch.autograd.Function):
-    """qkv [T, H + 2K, d], weight [H + K, d] or None."""
+    """qkv [T, H + 2K, d], weights [d] or None."""
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, weight: Tensor | None, heads: int, table: Tensor, position_ids: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, heads: int, table: Tensor,
+        position_ids: Tensor, eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         (tokens, all_heads, dim), qkv = qkv.shape, qkv.contiguous()
         kv_heads = (all_heads - heads) // 2
-        q, k = torch.empty(tokens, heads, dim), torch.empty(tokens, kv_heads, dim)
-        v, scale = torch.empty(tokens, kv_heads, dim, dtype=qkv.dtype), torch.empty(tokens, heads + kv_heads)
-        factors = torch.empty(0, dim) if weight is None else plain(weight)
-        share(_cpu_kernel, tokens, 12 * qkv.numel(), qkv, factors, table, position_ids, f32(eps), q, k, v, scale)
-        ctx.save_for_backward(qkv, weight, table, position_ids, scale)
+        q, scale = torch.empty(tokens, heads, dim), torch.empty(tokens, heads + kv_heads)
+        k, v = qkv.new_empty(2, tokens, kv_heads, dim).unbind(0)
+        factors = (torch.empty(0) if weight is None else plain(weight) for weight in (q_weight, k_weight))
+        share(_cpu_kernel, tokens, 12 * qkv.numel(), qkv, *factors, table, position_ids, f32(eps), q, k, v, scale)
+        ctx.save_for_backward(qkv, q_weight, k_weight, table, position_ids, scale)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, weight, table, position_ids, scale = ctx.saved_tensors
-        grad, grad_weight = _turn_back(torch.cat([grad_q, grad_k], dim=1), table, position_ids), None
-        if weight is not None:
-            grad, grad_weight, _ = norm_backward(
-                qkv[:, : grad.shape[1]].float(), weight.float(), None, scale.unsqueeze(-1), grad, None
+        qkv, *weights, table, position_ids, scale = ctx.saved_tensors
+        heads, kv_heads = grad_q.shape[1], grad_k.shape[1]
+        grad = _turn_back(torch.cat([grad_q, grad_k.float()], dim=1), table, position_ids)
+        grad_q_weight = grad_k_weight = None
+        if weights[0] is not None:
+            weight = torch.cat([each.float().expand(n, -1) for each, n in zip(weights, (heads, kv_heads), strict=True)])
+            grad, by_head, _ = norm_backward(
+                qkv[:, : heads + kv_heads].float(), weight, None, scale.unsqueeze(-1), grad, None
             )
-            grad_weight = grad_weight.to(weight.dtype)
-        return torch.cat([grad, grad_v], dim=1).to(qkv.dtype), grad_weight, None, None, None, None
+            grad_q_weight, grad_k_weight = (
+                part.sum(0).to(each.dtype) for part, each in zip(by_head.split([heads, kv_heads]), weights, strict=True)
+            )
+        grad_qkv = torch.cat([grad, grad_v], dim=1).to(qkv.dtype)
+        return grad_qkv, grad_q_weight, grad_k_weight, None, None, None, None
 
 
 # The Triton path: a program takes BLOCK_T tokens of one head. Each value is loaded twice, once as itself and once as
@@ -274,13 +291,15 @@ def qk_norm_rope(
     """qkv [T, H + 2K, d], q_weight and k_weight [d] (None: no norm), table from `rope_table`, position_ids int64 [T]
     -> q [T, H, d], k and v [T, K, d].
 
-    v comes in the dtype of qkv; so do q and k on the Triton path, where attention multiplies in it, but on the CPU path
-    in FP32.
+    k and v come in the dtype of qkv, in which they are kept; so does q on the Triton path, where attention multiplies
+    in it, but on the CPU path in FP32.
     """
+    if choose("qk_norm_rope", qkv) is not Path.TRITON:
+        q, k, v = apply(_CpuQKNormRope, qkv, q_weight, k_weight, heads, table, position_ids, eps)
+        return q, k, v
     kv_heads = (qkv.shape[1] - heads) // 2
     weight = None
     if q_weight is not None and k_weight is not None:
         weight = torch.cat([q_weight.expand(heads, -1), k_weight.expand(kv_heads, -1)])
-    function = _QKNormRope if choose("qk_norm_rope", qkv) is Path.TRITON else _CpuQKNormRope
-    q, k, v = apply(function, qkv, weight, heads, table, position_ids, eps)
+    q, k, v = apply(_QKNormRope, qkv, weight, heads, table, position_ids, eps)
     return q, k, v

@@ -16,12 +16,14 @@ Letters: T tokens, E experts in G groups of S, k experts per token.
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ops.autograd import apply
+from ops.compiled import ZERO, compiled, exp, f32, plain, share, sigmoid
 from ops.dispatch import Path, choose
-from ops.elementwise import kernel_sigmoid, sigmoid
+from ops.elementwise import kernel_sigmoid
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl
 
 Scoring = Literal["sigmoid", "softmax"]
@@ -55,67 +57,108 @@ def route_reference(
 # The CPU path.
 
 
-class _Sigmoid(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        s = sigmoid(x)
-        ctx.save_for_backward(s)
-        return s
+@compiled
+def _score(logits, softmax, scores):
+    """Of one token."""
+    if softmax:
+        top, total = logits[0], ZERO
+        for e in range(1, logits.shape[0]):
+            top = max(top, logits[e])
+        for e in range(logits.shape[0]):
+            scores[e] = exp(logits[e] - top)
+            total += scores[e]
+        for e in range(logits.shape[0]):
+            scores[e] /= total
+    else:
+        for e in range(logits.shape[0]):
+            scores[e] = sigmoid(logits[e])
+
+
+@compiled
+def _take_largest(values, taken):
+    """The place of the largest not taken yet, the lowest among equals."""
+    best = -1
+    for i in range(values.shape[0]):
+        if not taken[i] and (best < 0 or values[i] > values[best]):
+            best = i
+    taken[best] = True
+    return best
+
+
+@compiled
+def _choose(biased, num_groups, top_groups, ids):
+    """The ids of one token, ascending."""
+    size = biased.shape[0] // num_groups
+    best_two, barred = np.empty(num_groups, f32), np.ones(biased.shape[0], np.bool_)
+    taken = np.zeros(num_groups, np.bool_)
+    for group in range(num_groups):
+        members, seen = biased[group * size : (group + 1) * size], np.zeros(size, np.bool_)
+        best_two[group] = members[_take_largest(members, seen)]
+        if size > 1:
+            best_two[group] += members[_take_largest(members, seen)]
+    for _ in range(top_groups):
+        group = _take_largest(best_two, taken)
+        barred[group * size : (group + 1) * size] = False
+    for slot in range(ids.shape[0]):
+        ids[slot] = _take_largest(biased, barred)
+    ids.sort()
+
+
+@compiled
+def _cpu_route_kernel(
+    begin, end, logits, bias, num_groups, top_groups, scale, softmax, renormalize, chosen, ids, weights
+):
+    """Items are tokens; bias [E] may be empty; chosen: the ids are there already."""
+    scores, biased = np.empty(logits.shape[1], f32), np.empty(logits.shape[1], f32)
+    for token in range(begin, end):
+        _score(logits[token], softmax, scores)
+        if not chosen:
+            biased[:] = scores
+            for e in range(bias.shape[0]):
+                biased[e] += bias[e]
+            _choose(biased, num_groups, top_groups, ids[token])
+        total = ZERO
+        for slot in range(ids.shape[1]):
+            weights[token, slot] = scores[ids[token, slot]]
+            total += weights[token, slot]
+        for slot in range(ids.shape[1]):
+            if renormalize:
+                weights[token, slot] /= total + f32(FLOOR)
+            weights[token, slot] *= scale
+
+
+class _CpuRoute(torch.autograd.Function):
+    """ids: None, or experts that were chosen elsewhere."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (s,) = ctx.saved_tensors
-        return grad * s * (1.0 - s)
+    def forward(
+        ctx: Any, logits: Tensor, bias: Tensor | None, ids: Tensor | None, top_k: int, num_groups: int, top_groups: int,
+        scale: float, softmax: bool, renormalize: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        tokens, chosen = len(logits), ids is not None
+        weights = torch.empty(tokens, top_k)
+        ids = torch.empty(tokens, top_k, dtype=torch.int64) if ids is None else ids.contiguous()
+        logits, bias = plain(logits), torch.empty(0) if bias is None else plain(bias)
+        share(
+            _cpu_route_kernel, tokens, 20 * logits.numel() * (1 + top_k // 4), logits, bias, num_groups, top_groups,
+            f32(scale), softmax, renormalize, chosen, ids, weights,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, ids)
+        ctx.settings = scale, softmax, renormalize
+        ctx.mark_non_differentiable(ids)
+        return ids, weights
 
-
-class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        p = (x - x.amax(-1, keepdim=True)).exp_()
-        p.div_(p.sum(-1, keepdim=True))
-        ctx.save_for_backward(p)
-        return p
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (p,) = ctx.saved_tensors
-        return (grad - (grad * p).sum(-1, keepdim=True)).mul_(p)
-
-
-def _cpu_route(
-    logits: Tensor,
-    bias: Tensor | None,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    scale: float,
-    scoring: Scoring,
-    renormalize: bool,
-) -> tuple[Tensor, Tensor]:
-    scores = _cpu_scores(logits, scoring)
-    with torch.no_grad():
-        biased = (scores if bias is None else scores + bias).unflatten(-1, (num_groups, -1))
-        best_two = biased.sort(dim=-1, descending=True).values[..., :2].sum(-1)
-        kept = _top(best_two, top_groups)
-        mask = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
-        candidates = biased.masked_fill(mask.unsqueeze(-1), float("-inf")).flatten(1)
-        ids = _top(candidates, top_k).sort(dim=-1).values
-    return ids, _cpu_weights(scores, ids, scale, renormalize)
-
-
-def _cpu_weights(scores: Tensor, ids: Tensor, scale: float, renormalize: bool) -> Tensor:
-    chosen = scores.gather(1, ids)
-    return (chosen / (chosen.sum(-1, keepdim=True) + FLOOR) if renormalize else chosen) * scale
-
-
-def _cpu_scores(logits: Tensor, scoring: Scoring) -> Tensor:
-    scores: Tensor = apply(_Sigmoid, logits) if scoring == "sigmoid" else apply(_Softmax, logits)
-    return scores
-
-
-def _top(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest, the lowest index first among equals: torch.topk promises no order for ties."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (logits, ids), (scale, softmax, renormalize) = ctx.saved_tensors, ctx.settings
+        scores, grad = logits.softmax(-1) if softmax else torch.sigmoid(logits), grad * scale
+        if renormalize:
+            chosen = scores.gather(1, ids)
+            total = chosen.sum(-1, keepdim=True) + FLOOR
+            grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
+        grad_scores = torch.zeros_like(scores).scatter_(1, ids, grad)
+        inner = (grad_scores * scores).sum(-1, keepdim=True) if softmax else grad_scores * scores
+        return (grad_scores - inner).mul_(scores), None, None, None, None, None, None, None, None
 
 
 # The Triton path: a program routes BLOCK_T tokens. Experts lie on a grid of groups, padded to powers of two in both
@@ -316,12 +359,12 @@ def route(
     renormalize: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """logits FP32 [T, E], bias FP32 [E] -> expert ids int64 [T, k] ascending, weights FP32 [T, k] (differentiable)."""
+    settings = top_k, num_groups, top_groups, scale, scoring == "softmax", renormalize
     if choose("route", logits) is Path.TRITON:
-        ids, weights = apply(
-            _Route, logits, bias, top_k, num_groups, top_groups, scale, scoring == "softmax", renormalize
-        )
-        return ids, weights
-    return _cpu_route(logits, bias, top_k, num_groups, top_groups, scale, scoring, renormalize)
+        ids, weights = apply(_Route, logits, bias, *settings)
+    else:
+        ids, weights = apply(_CpuRoute, logits, bias, None, *settings)
+    return ids, weights
 
 
 def expert_weights(
@@ -334,7 +377,9 @@ def expert_weights(
     if choose("route", logits) is Path.TRITON:
         weights: Tensor = apply(_Weights, logits, ids, scale, scoring == "softmax", renormalize)
         return weights
-    return _cpu_weights(_cpu_scores(logits, scoring), ids, scale, renormalize)
+    settings = ids.shape[1], 1, 1, scale, scoring == "softmax", renormalize
+    weights = apply(_CpuRoute, logits, None, ids, *settings)[1]
+    return weights
 
 
 class _StraightThrough(torch.autograd.Function):

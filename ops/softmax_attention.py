@@ -6,7 +6,7 @@ q [T, H, d], k, v [T, K, d] -> o FP32 [T, H, d]. Keys lie in blocks of C positio
 positions alone decide, and a key that a row must not see adds nothing. So a row's bits depend on its own sequence
 alone, and a query row of decode equals the same row in training.
 
-The CPU path is FP32 throughout, and keeps the keys of a block in panels. The Triton path multiplies in the dtype of v
+The CPU path computes in FP32, and keeps the keys of a block in panels. The Triton path multiplies in the dtype of v
 (BF16, or FP32 without TF32) and accumulates, exponentiates and merges in FP32; every (query tile, key block) pair is
 one product of one shape there.
 
@@ -38,6 +38,7 @@ from ops.compiled import (
     readable,
     score_keys,
     share,
+    stored,
     sum_lanes,
 )
 from ops.dispatch import Path, choose
@@ -49,7 +50,7 @@ from ops.layout import ChunkLayout
 class PagedCache:
     """One layer's key and value blocks, and the blocks of each sequence of the batch in order of position."""
 
-    key: Tensor  # FP32, or BF16 where kernels run [blocks, K, C, d], contiguous
+    key: Tensor  # FP32 or BF16 [blocks, K, C, d], contiguous
     value: Tensor  # like key
     block_table: Tensor | np.ndarray  # integers [S, >= blocks needed]; kernels want a tensor beside the pools
 
@@ -160,28 +161,28 @@ def _cpu_attention_kernel(
 
 
 @compiled
-def _cpu_append_kernel(begin, end, k, v, tokens_block, tokens_row, keys, values):
+def _cpu_append_kernel(begin, end, k, v, table, tokens_sequence, positions, keys, values):
     """Items are tokens: their keys [K, d] and values go to a row of a block."""
-    width = keys.shape[4]
+    chunk, width = values.shape[2], keys.shape[4]
     for token in range(begin, end):
-        block, row = tokens_block[token], tokens_row[token]
+        chunk_index, row = positions[token] // chunk, positions[token] % chunk
+        block = table[tokens_sequence[token], chunk_index]
         for head in range(k.shape[1]):
             key, value = k[token, head], v[token, head]
             panel, target = keys[block, head, row // width], values[block, head, row]
             for d in range(key.shape[0]):
-                panel[d, row % width] = key[d]
+                panel[d, row % width] = stored(number(key[d]), keys)
             for d in range(key.shape[0]):
-                target[d] = number(value[d])
+                target[d] = stored(number(value[d]), values)
 
 
 def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> tuple[Tensor, Tensor]:
     """Takes in the new keys and values; outputs FP32 [T, H, d] and log-sum-exps [T, H]."""
-    assert cache.key.dtype == cache.value.dtype == torch.float32, "the CPU path multiplies in FP32"
     table = layout.planned("blocks", cache.block_table, lambda: torch.as_tensor(cache.block_table).numpy())
-    blocks = layout.planned("places", cache.block_table, lambda: table[layout.token_sequence, layout.token_chunk])
-    q, k, v = plain(q), plain(k), readable(v)
+    q, k, v = plain(q), readable(k), readable(v)
     keys, (tokens, heads, dim) = panels_of(cache.key), q.shape
-    share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, blocks, layout.token_row, keys, cache.value)
+    positions = layout.position_ids
+    share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, table, layout.token_sequence, positions, keys, cache.value)
     out, log_sum = torch.empty_like(q), q.new_empty(tokens, heads)
     operations = 4 * heads * dim * layout.keys_seen
     share(
@@ -194,8 +195,8 @@ def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: Pag
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The output, and what the backward pass needs. The sequence's own tiles are its key blocks."""
-    keys, values = torch.zeros(2, layout.num_tiles, k.shape[1], layout.chunk_size, k.shape[2]).unbind(0)
-    own = PagedCache(keys, values, layout.sequence_tiles)
+    shape = layout.num_tiles, k.shape[1], layout.chunk_size, k.shape[2]
+    own = PagedCache(k.new_zeros(shape), v.new_zeros(shape), layout.sequence_tiles)
     out, log_sum = _cpu_attend(q, k, v, layout, own)
     return out, (q, k, own.value, out, log_sum)
 
@@ -203,6 +204,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[
 def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
     q, k, v, out, log_sum = saved
     q, k, grad, out = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, k.float(), grad, out))
+    v = v.float()
     log_sum = layout.into_tiles(log_sum.unsqueeze(-1))
     mean = (grad * out).sum(-1, keepdim=True)
     grads = torch.zeros_like(q), torch.zeros_like(v), torch.zeros_like(v)

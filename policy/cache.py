@@ -13,16 +13,11 @@ import ops
 from policy.config import PolicyConfig
 
 
-def key_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type in which keys and values are kept: the one in which attention multiplies, FP32 on the CPU path."""
-    return dtype if device.type == "cuda" else torch.float32
-
-
 class CachePools:
     """slots: sequences remembered at once; blocks: chunk-long key-value blocks for the softmax layers; snapshots:
     states at the end of some full chunk, kept beside the slots.
 
-    States are FP32, keys and values `key_dtype`.
+    States are FP32, keys and values `dtype`.
     """
 
     def __init__(
@@ -34,7 +29,6 @@ class CachePools:
         device: torch.device,
         snapshots: int = 0,
     ) -> None:
-        kept = key_dtype(dtype, device)
         heads, dim, chunk = config.num_attention_heads, config.head_dim, config.chunk_size
         state, open_chunk = (heads, dim, dim), (slots, heads, chunk, dim)
         block = (blocks, config.num_key_value_heads, chunk, dim)
@@ -43,16 +37,16 @@ class CachePools:
         self.softmax: dict[int, tuple[Tensor, Tensor]] = {}  # keys, values of each softmax layer
         for layer in range(config.num_hidden_layers):
             if config.is_softmax(layer):
-                self.softmax[layer] = _zeros(block, kept, device), _zeros(block, kept, device)
+                self.softmax[layer] = _zeros(block, dtype, device), _zeros(block, dtype, device)
             else:
-                keys, values = _zeros(open_chunk, kept, device), _zeros(open_chunk, kept, device)
+                keys, values = _zeros(open_chunk, dtype, device), _zeros(open_chunk, dtype, device)
                 self.linear[layer] = _zeros((slots, *state), torch.float32, device), keys, values
                 self.snapshots[layer] = _zeros((snapshots, *state), torch.float32, device)
 
     @staticmethod
-    def bytes_per_slot(config: PolicyConfig, kept: torch.dtype) -> int:
+    def bytes_per_slot(config: PolicyConfig, dtype: torch.dtype) -> int:
         layers = sum(not config.is_softmax(layer) for layer in range(config.num_hidden_layers))
-        row = 4 * config.head_dim + 2 * kept.itemsize * config.chunk_size
+        row = 4 * config.head_dim + 2 * dtype.itemsize * config.chunk_size
         return layers * config.num_attention_heads * config.head_dim * row
 
     @staticmethod
@@ -62,9 +56,9 @@ class CachePools:
         return layers * config.num_attention_heads * config.head_dim**2 * torch.float32.itemsize
 
     @staticmethod
-    def bytes_per_block(config: PolicyConfig, kept: torch.dtype) -> int:
+    def bytes_per_block(config: PolicyConfig, dtype: torch.dtype) -> int:
         layers = sum(config.is_softmax(layer) for layer in range(config.num_hidden_layers))
-        return kept.itemsize * layers * 2 * config.num_key_value_heads * config.chunk_size * config.head_dim
+        return dtype.itemsize * layers * 2 * config.num_key_value_heads * config.chunk_size * config.head_dim
 
     def reset_slots(self, slots: list[int]) -> None:
         """A new sequence starts from the zero state."""

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 import ops
-from policy.cache import key_dtype
 from policy.config import PolicyConfig
 
 
@@ -77,7 +76,7 @@ def _softmax(
     heads, kv_heads, chunk = config.num_attention_heads, config.kv_heads(layer), config.chunk_size
     blocks = shapes.context // chunk + 1
     pool = (shapes.sequences * blocks, kv_heads, chunk, config.head_dim)
-    keys, values = (torch.randn(pool, device=device).to(key_dtype(dtype, device)) for _ in "kv")
+    keys, values = (torch.randn(pool, device=device).to(dtype) for _ in "kv")
     table = torch.arange(shapes.sequences * blocks, dtype=torch.int32, device=device).view(shapes.sequences, blocks)
     decode = ops.ChunkLayout.build([1] * shapes.sequences, chunk, [shapes.context] * shapes.sequences, device)
     one = _qkv(shapes.sequences, (heads, kv_heads, kv_heads), config.head_dim, dtype, device)
@@ -104,8 +103,7 @@ def _lightning(
     slopes = torch.tensor(config.decay_slopes(layer), dtype=torch.float64)
     decay = ops.DecayTables.build(slopes, chunk).to(device)
     state = torch.randn(count, heads, dim, dim, device=device)
-    kept = key_dtype(dtype, device)
-    keys, values = (torch.randn(count, heads, chunk, dim, device=device).to(kept) for _ in "kv")
+    keys, values = (torch.randn(count, heads, chunk, dim, device=device).to(dtype) for _ in "kv")
     cache = ops.LightningCache(state, keys, values, torch.arange(count, device=device))
     # The last place of a chunk would fold it into the state at every call.
     layout = ops.ChunkLayout.build([1] * count, chunk, [shapes.context // chunk * chunk + chunk // 2] * count, device)

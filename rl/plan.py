@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from policy.cache import CachePools, key_dtype
+from policy.cache import CachePools
 from policy.checkpoint import read_config
 from policy.config import PolicyConfig
 from policy.lora import LoraLinear, add_adapters
@@ -93,9 +93,8 @@ def count_needs(recipe: Recipe, config: PolicyConfig) -> Needs:
         add_adapters(policy, recipe.lora, recipe.seed)
     trained = [each for each in policy.parameters() if each.requires_grad]
     states = sum(state.nbytes for state, _, _ in pools.linear.values())
-    kept = key_dtype(dtype, GPU)
     blocks = -(-longest_sequence(recipe) // config.chunk_size)
-    per_sequence = CachePools.bytes_per_slot(config, kept) + blocks * CachePools.bytes_per_block(config, kept)
+    per_sequence = CachePools.bytes_per_slot(config, dtype) + blocks * CachePools.bytes_per_block(config, dtype)
     return Needs(
         parameters=parameters,
         active_parameters=active,
@@ -105,12 +104,12 @@ def count_needs(recipe: Recipe, config: PolicyConfig) -> Needs:
         optimizer=_optimizer_bytes(policy, recipe.trainer),
         copies=_copied_bytes(policy),
         layer=layer,
-        activations=recipe.trainer.token_budget * activation_bytes(config, dtype, kept),
+        activations=recipe.trainer.token_budget * activation_bytes(config, dtype, dtype),
         engine_weights=parameters * dtype.itemsize,
         engine_cache=max(recipe.rollout.memory_mb * 2**20, recipe.rollout.max_batch * per_sequence),
         state_per_request=states,
-        open_chunk_per_request=CachePools.bytes_per_slot(config, kept) - states,
-        kv_per_token=CachePools.bytes_per_block(config, kept) // config.chunk_size,
+        open_chunk_per_request=CachePools.bytes_per_slot(config, dtype) - states,
+        kv_per_token=CachePools.bytes_per_block(config, dtype) // config.chunk_size,
     )
 
 
@@ -128,17 +127,20 @@ def _optimizer_bytes(policy: Policy, config: TrainerConfig) -> int:
     return sum(tensor.nbytes for state in states for tensor in state.values())
 
 
-def activation_bytes(config: PolicyConfig, dtype: torch.dtype, kept: torch.dtype) -> int:
-    """What the operators keep of one token for backward. kept: dtype of q, k and v, as in `CachePools`."""
-    return sum(_layer_bytes(config, layer, dtype.itemsize, kept.itemsize) for layer in range(config.num_hidden_layers))
+def activation_bytes(config: PolicyConfig, dtype: torch.dtype, queries: torch.dtype) -> int:
+    """What the operators keep of one token for backward. queries: dtype of the rotated q, FP32 on a CPU."""
+    return sum(
+        _layer_bytes(config, layer, dtype.itemsize, queries.itemsize) for layer in range(config.num_hidden_layers)
+    )
 
 
-def _layer_bytes(config: PolicyConfig, layer: int, size: int, kept: int) -> int:
+def _layer_bytes(config: PolicyConfig, layer: int, size: int, queries: int) -> int:
     """FP32: the residual stream, what norms and the router read, attention's output and states."""
     hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
     key_value = 2 * config.kv_heads(layer) * config.head_dim
     total = 2 * 4 * hidden + size * hidden  # both norms, the operand of q, k, v
-    total += 2 * kept * (width + key_value) + 4 * width + size * width  # before and after rotation; output; operand
+    total += size * (width + 2 * key_value) + queries * width  # before and after rotation
+    total += 4 * width + size * width  # output, operand
     if not config.is_softmax(layer):
         states = 4 * width * config.head_dim // config.chunk_size
         total += states + size * (hidden + width)  # the gate's operand and value

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import ops
-from policy.cache import CachePools, key_dtype
+from policy.cache import CachePools
 from policy.transformer import Policy
 from rollout.config import RolloutConfig
 
@@ -23,12 +23,12 @@ class Budget:
     @classmethod
     def of(cls, policy: Policy, config: RolloutConfig) -> "Budget":
         """Raises ValueError when rollout.memory_mb is too little for rollout.max_batch sequences."""
-        kept, slots = key_dtype(policy.dtype, policy.device), config.max_batch
+        slots = config.max_batch
         slot_bytes, snapshot_bytes = (
-            CachePools.bytes_per_slot(policy.config, kept),
+            CachePools.bytes_per_slot(policy.config, policy.dtype),
             CachePools.bytes_per_snapshot(policy.config),
         )
-        block_bytes = CachePools.bytes_per_block(policy.config, kept)
+        block_bytes = CachePools.bytes_per_block(policy.config, policy.dtype)
         left = config.memory_mb * 2**20 - slots * slot_bytes
         spare = left - slots * block_bytes
         if spare < 0:

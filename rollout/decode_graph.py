@@ -1,10 +1,11 @@
-"""CUDA graphs for decode: the kernels of one step recorded once for each padded batch size, then replayed.
+"""Recorded decode steps: the kernels of one step for each padded batch size, replayed as a CUDA graph or, on a CPU, as
+a list of calls (`ops.Recording`).
 
-Launching some hundred kernels from Python takes longer than the kernels of a small batch. A recorded step reads its
+Calling some hundred kernels from Python takes longer than the kernels of a small batch. A recorded step reads its
 arguments from buffers that keep their addresses: they are filled before every replay. Rows beyond the batch belong to a
 slot and a block that no sequence owns. As no row's bits depend on other rows (design A1), neither padding nor replay
-changes one. Weights are read where they lie, and new ones are copied into the same memory, so a recording outlives
-them; not so those in FP8, which are quantised into new memory.
+changes one. Weights are read where they lie, and new ones are copied into the same memory; what is made of them, FP8
+and the matrices that a CPU packs, goes to new memory, so such a recording lasts for one version of them.
 """
 
 import bisect
@@ -18,13 +19,15 @@ from policy.cache import CachePools, CacheView
 from policy.transformer import Policy
 
 LARGEST_STEP = 32  # rows between two padded sizes, from there on
+CPU_STEP = 8  # rows that a CPU's product takes together
+CPU_STEPS_KEPT = 4  # recordings; each has memory of its own for all that lies between its kernels
 
 
-def padded_sizes(max_batch: int) -> list[int]:
-    """1, 2, 4, 8, 16, 32, 64, 96, ... up to the first that holds max_batch rows."""
-    sizes = [1]
+def padded_sizes(max_batch: int, step: int = 0) -> list[int]:
+    """1, 2, 4, 8, 16, 32, 64, 96, ... or multiples of `step`, up to the first that holds max_batch rows."""
+    sizes = [step or 1]
     while sizes[-1] < max_batch:
-        sizes.append(sizes[-1] + min(sizes[-1], LARGEST_STEP))
+        sizes.append(sizes[-1] + (step or min(sizes[-1], LARGEST_STEP)))
     return sizes
 
 
@@ -32,7 +35,7 @@ class DecodeGraphs:
     """Runs decode steps of `policy` over `pools`, whose last slot and last block nobody else may own.
 
     table_width: blocks of the longest sequence. capture: record and replay; without it the same buffers go through the
-    policy step by step, which is what a machine without a GPU can test.
+    policy step by step, which is what a machine without a GPU can test of its kernels.
     """
 
     def __init__(
@@ -41,21 +44,35 @@ class DecodeGraphs:
     ) -> None:  # fmt: skip
         self.policy, self.pools, self.capture = policy, pools, capture
         self.spare_slot, self.spare_block, self.table_width = spare_slot, spare_block, table_width
-        self.sizes = padded_sizes(max_batch)
-        self._steps: dict[int, _Step] = {}
-        self._memory = torch.cuda.graph_pool_handle() if capture else None
+        self._on_cpu = policy.device.type == "cpu"
+        self.sizes = padded_sizes(max_batch, CPU_STEP if self._on_cpu else 0)
+        self._steps: dict[int, _Step] = {}  # the one used last at the end
+        self._weights = self._versions()
+        self._memory = torch.cuda.graph_pool_handle() if capture and not self._on_cpu else None
 
     def run(self, ids: np.ndarray, slots: np.ndarray, block_table: np.ndarray, positions: np.ndarray) -> Tensor:
         """One token of each sequence: ids, slots, positions int64 [B], block_table int64 [B, <= table_width] -> hidden
         FP32 [B, D], valid until the next call."""
+        if (versions := self._versions()) != self._weights:
+            self._steps.clear()
+            self._weights = versions
         size = self.sizes[bisect.bisect_left(self.sizes, len(ids))]
-        if size not in self._steps:
-            self._steps[size] = _Step(self, size)
+        step = self._steps.pop(size, None)
+        if step is None:
+            if self._on_cpu and len(self._steps) == CPU_STEPS_KEPT:
+                del self._steps[next(iter(self._steps))]
+            step = _Step(self, size)
             if self.capture:
-                self._steps[size].record()
-        step = self._steps[size]
+                step.record()
+        self._steps[size] = step
         step.fill(ids, slots, block_table, positions)
         return step.forward()[: len(ids)]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Of the weights from which recorded steps read something made."""
+        if not (self._on_cpu or self.policy.config.fp8_linear):
+            return []
+        return [(weight.data_ptr(), weight._version) for weight in self.policy.parameters()]
 
 
 class _Step:
@@ -65,25 +82,21 @@ class _Step:
         self.graphs, self.size = graphs, size
         policy, width = graphs.policy, graphs.table_width
         chunk, device = policy.config.chunk_size, policy.device
-        # As if every sequence were the longest: a kernel's grid must cover the segments of any that comes.
+        # As if every sequence were the longest: a kernel's grid, or its threads, must do for any that comes.
         self.layout = ops.ChunkLayout.build([1] * size, chunk, [width * chunk - 1] * size, device)
-        self.ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(size, dtype=torch.int64, device=device)
-        self.table = torch.zeros(size, width, dtype=torch.int64, device=device)
+        assert self.layout.keys_seen  # counted now, before they move
+        self.ids, self.slots = _Buffer((size,), 0, device), _Buffer((size,), graphs.spare_slot, device)
+        self.table = _Buffer((size, width), graphs.spare_block, device)
+        self.positions = np.zeros(size, dtype=np.int64)
         self.hidden: Tensor | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | ops.Recording | None = None
 
     def fill(self, ids: np.ndarray, slots: np.ndarray, block_table: np.ndarray, positions: np.ndarray) -> None:
-        size, graphs, tables = self.size, self.graphs, self.layout.tables
-        chunk = self.layout.chunk_size
-        _put(self.ids, ids, 0)
-        _put(self.slots, slots, graphs.spare_slot)
-        _put(self.layout.position_ids, positions, 0)
-        _put(tables.starts, positions, 0)
-        _put(tables.tile_chunk, positions // chunk, 0)
-        table = np.full((size, graphs.table_width), graphs.spare_block, dtype=np.int64)
-        table[: len(block_table), : block_table.shape[1]] = block_table
-        _put(self.table, table, 0)
+        self.ids.put(ids)
+        self.slots.put(slots)
+        self.table.put(block_table)
+        self.positions[: len(positions)], self.positions[len(positions) :] = positions, 0
+        self.layout.move(self.positions)
 
     def forward(self) -> Tensor:
         if self.graph is None or self.hidden is None:
@@ -92,14 +105,18 @@ class _Step:
         return self.hidden
 
     def _compute(self) -> Tensor:
-        view = CacheView(self.graphs.pools, self.slots, self.table)
-        hidden: Tensor = self.graphs.policy(self.ids, self.layout, view)
+        view = CacheView(self.graphs.pools, self.slots.tensor, self.table.tensor)
+        hidden: Tensor = self.graphs.policy(self.ids.tensor, self.layout, view)
         return hidden
 
     def record(self) -> None:
         """A first run compiles the kernels. Only spare rows take part in it: a state would advance twice."""
         none = np.zeros(0, dtype=np.int64)
         self.fill(none, none, none.reshape(0, 0), none)
+        if self.graphs._on_cpu:
+            self.graph = ops.Recording(self._compute)
+            self.hidden = self.graph.result
+            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -110,8 +127,19 @@ class _Step:
             self.hidden = self._compute()
 
 
-def _put(buffer: Tensor, values: np.ndarray, padding: int) -> None:
-    """Fills a buffer from the front; the rest of its rows get the padding."""
-    rows = np.full(tuple(buffer.shape), padding, dtype=np.int64)
-    rows[: len(values)] = values
-    buffer.copy_(torch.from_numpy(rows))
+class _Buffer:
+    """int64 memory on the device, and what is to go there on the host, one and the same on a CPU."""
+
+    def __init__(self, shape: tuple[int, ...], padding: int, device: torch.device) -> None:
+        self._padding, self._host = padding, torch.full(shape, padding)
+        self.tensor = self._host.to(device)
+
+    def put(self, values: np.ndarray) -> None:
+        """Rows from the front; the first column of all others, which is all that is read of them, gets the padding."""
+        host = self._host.numpy()
+        if values.ndim == 1:
+            host[: len(values)], host[len(values) :] = values, self._padding
+        else:
+            host[: len(values), : values.shape[1]], host[len(values) :, 0] = values, self._padding
+        if self.tensor.device != self._host.device:
+            self.tensor.copy_(self._host)

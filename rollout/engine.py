@@ -49,7 +49,7 @@ class Engine:
         self.device, self.chunk_size = policy.device, policy.config.chunk_size
         self.budget = Budget.of(policy, config)
         self.expert_log = None if config.routing_replay == "none" else ExpertLog(policy.config, config)
-        self._uses_graphs = policy.device.type == "cuda" and config.cuda_graphs and not self.expert_log
+        self._uses_graphs = config.decode_graphs and not self.expert_log and ops.can_record(policy.device)
         self.pools = self.budget.allocate(policy, spare=int(self._uses_graphs))
         self._graphs = self._new_graphs()
         self.blocks, self.slots = BlockPool(self.budget.blocks), SlotPool(config.max_batch)
@@ -146,8 +146,6 @@ class Engine:
         """
         with self._turns.verb():
             load_tensors(self.policy, tensors)
-            if self.policy.config.fp8_linear:  # quantised into new memory, which no recorded step reads
-                self._graphs = self._new_graphs()
             self.scheduler.policy_version = policy_version
             self.scheduler.forget_prefixes()
             if self.config.on_new_weights == "reprefill":

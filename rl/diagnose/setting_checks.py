@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import ops
-from policy.cache import key_dtype
 from policy.families import find_family
 from policy.transformer import LightningAttention, Policy
 from rl.diagnose.evidence import Evidence, gap, is_explained
@@ -239,6 +238,6 @@ def _chunkwise(alter: Alteration, cut: int = 0) -> Callable[..., Tensor]:
 
 def _empty_cache(q: Tensor, v: Tensor, chunk: int) -> ops.LightningCache:
     heads, dim = q.shape[1:]
-    kept = q.new_zeros(1, heads, chunk, dim, dtype=key_dtype(v.dtype, v.device))
+    kept = q.new_zeros(1, heads, chunk, dim, dtype=v.dtype)
     state = q.new_zeros(1, heads, dim, dim, dtype=torch.float32)
     return ops.LightningCache(state, kept, kept.clone(), torch.zeros(1, dtype=torch.int64, device=q.device))

@@ -155,7 +155,7 @@ def server_arguments(
         "skip-tokenizer-init": not any(policy.glob("tokenizer*")),
         "disable-radix-cache": not rollout.prefix_cache,
         "enable-return-routed-experts": rollout.routing_replay != "none",
-        "disable-cuda-graph": not (cuda and rollout.cuda_graphs),
+        "disable-cuda-graph": not (cuda and rollout.decode_graphs),
         # With it a step is under way when weights arrive, and its token is then counted to the new ones.
         "disable-overlap-schedule": not cuda or rollout.on_new_weights == "continue",
     }

@@ -106,7 +106,7 @@ def _arguments(folder: Path, dtype: torch.dtype, rollout: RolloutConfig, device:
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
         # Compiling for a CPU takes a minute, and a graph that is replayed tells no routes.
-        "enforce_eager": device.type == "cpu" or not rollout.cuda_graphs or rollout.routing_replay != "none",
+        "enforce_eager": device.type == "cpu" or not rollout.decode_graphs or rollout.routing_replay != "none",
         "enable_sleep_mode": rollout.sleep_when_idle and device.type == "cuda",
         "seed": 0,
         "disable_log_stats": True,

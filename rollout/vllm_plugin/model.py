@@ -16,7 +16,6 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 
 import ops
-from policy.cache import key_dtype
 from policy.checkpoint import read_config
 from policy.config import PolicyConfig
 from policy.names import check_tensors, fill, named_views
@@ -67,9 +66,8 @@ class SoftmaxModel(nn.Module):
         _refuse(vllm_config)
         config, dtype = policy_config(vllm_config), vllm_config.model_config.dtype
         self._outside = (_empty_policy(config, dtype),)
-        kept = key_dtype(dtype, self.policy.device)
         kinds = [KeyValueBlocks if config.is_softmax(layer) else States for layer in range(config.num_hidden_layers)]
-        self._caches = [kind(config, kept) for kind in kinds]
+        self._caches = [kind(config, dtype) for kind in kinds]
         self._names = [f"{prefix}.layers.{layer}.attention".strip(".") for layer in range(len(kinds))]
         vllm_config.compilation_config.static_forward_context |= dict(zip(self._names, self._caches, strict=True))
 
@@ -146,7 +144,7 @@ class HybridModel(SoftmaxModel):
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        kept = key_dtype(vllm_config.model_config.dtype, torch.device(vllm_config.device_config.device_type))
+        kept = vllm_config.model_config.dtype
         return torch.float32, kept, kept
 
     @classmethod

@@ -38,6 +38,7 @@ def test_product_is_off_by_the_rounding_of_a_sum_at_most(
     y = cpu_matmul.multiply(x, packed, width, FP32)
     assert bool(((y - x.double() @ rounded.double().t()).abs() <= _bound(x, rounded)).all())
     assert torch.equal(cpu_matmul.multiply(x, packed, width, BF16), y.to(BF16)), "rounded once"
+    assert torch.equal(cpu_matmul.multiply(x.float(), packed, width, FP32), y), "stored otherwise"
     assert torch.equal(cpu_matmul.pack(weight.t().contiguous(), dtype, pairs, transposed=True), packed)
 
 
@@ -67,7 +68,8 @@ def test_groups_have_the_bits_of_products_of_their_own(
     x, weight = torch.randn(sum(counts), terms).to(rows_of), torch.randn(len(counts), width, terms)
     packed = cpu_matmul.pack(weight, dtype, pairs)
     parts = [cpu_matmul.multiply(rows, each, width, FP32) for rows, each in zip(x.split(counts), packed, strict=True)]
-    assert torch.equal(cpu_matmul.multiply(x, packed, width, FP32, counts), torch.cat(parts))
+    bounds = torch.tensor([0, *counts]).cumsum(0)
+    assert torch.equal(cpu_matmul.multiply(x, packed, width, FP32, bounds), torch.cat(parts))
 
 
 @kinds

@@ -14,7 +14,7 @@ def test_positions_and_rows_of_a_mixed_batch() -> None:
     """Chunks of 16. One sequence decodes position 20, one starts, one goes on from 14 across a boundary."""
     layout = ops.ChunkLayout.build([1, 2, 4], 16, starts=[20, 0, 14])
     assert layout.position_ids.tolist() == [20, 0, 1, 14, 15, 16, 17]
-    assert layout.token_row.tolist() == [4, 0, 1, 14, 15, 0, 1]
+    assert [slot % 16 for slot in layout.token_slot.tolist()] == [4, 0, 1, 14, 15, 0, 1]
     assert (layout.num_tokens, layout.num_tiles, layout.is_decode) == (7, 4, False)
     assert layout.last_tokens().tolist() == [0, 2, 6]
 

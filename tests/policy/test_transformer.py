@@ -115,13 +115,12 @@ def test_group_shares_its_prompt(prompt: int, dtype: torch.dtype) -> None:
 
 
 def test_pool_sizes() -> None:
-    """On a CPU keys and values are kept in FP32; BF16, as on a GPU, halves them."""
-    config = make_config()
-    pools = CachePools(config, 3, 5, torch.bfloat16, torch.device("cpu"))
-    slot, block = CachePools.bytes_per_slot(config, torch.float32), CachePools.bytes_per_block(config, torch.float32)
+    config, dtype = make_config(), torch.bfloat16
+    pools = CachePools(config, 3, 5, dtype, torch.device("cpu"))
+    slot, block = CachePools.bytes_per_slot(config, dtype), CachePools.bytes_per_block(config, dtype)
     assert 3 * slot == sum(pool.nbytes for layer in pools.linear.values() for pool in layer)
     assert 5 * block == sum(pool.nbytes for layer in pools.softmax.values() for pool in layer)
-    assert 2 * CachePools.bytes_per_block(config, torch.bfloat16) == block
+    assert CachePools.bytes_per_block(config, torch.float32) == 2 * block
     assert (sorted(pools.linear), sorted(pools.softmax)) == ([0, 2], [1, 3, 4])
 
 

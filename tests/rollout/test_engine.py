@@ -110,10 +110,10 @@ def test_the_engine_describes_itself(policy) -> None:
         "policy_version": 2,
         "dtype": "bfloat16",
         "max_batch": 16,
-        "blocks": 32,
+        "blocks": 80,
         "snapshots": 16,
-        "slot_bytes": 16 * 24 * 1024,  # 8 heads x 16 x (16 + 2 x 16) floats
-        "block_bytes": 32 * 16 * 1024,  # 2 layers x 2 x 4 heads x 16 x 16 floats
+        "slot_bytes": 16 * 16 * 1024,  # 8 heads x 16 x 16 x (4 + 2 x 2) bytes
+        "block_bytes": 80 * 8 * 1024,  # 2 layers x 2 x 4 heads x 16 x 16 x 2 bytes
         "snapshot_bytes": 16 * 8 * 1024,  # 8 heads x 16 x 16 floats
         "block_tokens": 16,
         "running": 0,

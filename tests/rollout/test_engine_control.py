@@ -180,10 +180,10 @@ def test_two_requests_with_one_id_are_refused(policy) -> None:
 
 
 def test_too_little_memory_for_the_batch_is_refused(policy) -> None:
-    """A slot has 8 x 16 x (16 + 2 x 16) floats, 24 KiB; a block 2 x 2 x 4 x 16 x 16, 16 KiB: 100 need 3.9 MiB."""
+    """A slot has 8 x 16 x 16 x (4 + 2 x 2) bytes, 16 KiB; a block 2 x 2 x 4 x 16 x 16 x 2, 8 KiB: 100 need 2.3 MiB."""
     with pytest.raises(
-        ValueError, match=r"rollout.memory_mb = 3: 100 sequences need at least 4 MiB .* lower rollout.max"
+        ValueError, match=r"rollout.memory_mb = 2: 100 sequences need at least 3 MiB .* lower rollout.max"
     ):
-        Engine(policy, RolloutConfig(max_batch=100, memory_mb=3))
-    engine = Engine(policy, RolloutConfig(max_batch=100, memory_mb=4))
-    assert (engine.budget.blocks, engine.budget.snapshots) == (100, 12)  # 106 less the 6 that hold 12 snapshots
+        Engine(policy, RolloutConfig(max_batch=100, memory_mb=2))
+    engine = Engine(policy, RolloutConfig(max_batch=100, memory_mb=3))
+    assert (engine.budget.blocks, engine.budget.snapshots) == (138, 46)  # 184 less as many as a quarter holds snapshots

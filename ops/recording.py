@@ -1,0 +1,63 @@
+"""Work on a CPU recorded once and replayed: what CUDA graphs are on a GPU.
+
+The Python between some hundred small kernels takes longer than a small batch's kernels do. A recording holds the calls
+that did the work, kernels of `ops.compiled` and operators of torch, each with the memory it read and wrote. What a
+replay is to read anew, the caller writes into that memory first. Arithmetic in NumPy or in Python is not seen: its
+results stay as they were.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ops.compiled import watching
+
+_aten = torch.ops.aten
+_MAKES_MEMORY = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided}
+
+_FOLLOWS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Recording:
+    """compute: what is recorded; it runs once. Raises RuntimeError where its course depends on numbers in tensors."""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._calls: list[Callable[[], Any]] = []
+        with watching(self._calls.append), _TorchCalls(self._calls):
+            self.result = compute()
+
+    def replay(self) -> None:
+        """Computes the result anew, in the same memory."""
+        for call in self._calls:
+            call()
+
+
+class _TorchCalls(TorchDispatchMode):
+    """Appends to `calls` what torch computes. Views and new memory are there already when it is replayed."""
+
+    def __init__(self, calls: list[Callable[[], Any]]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not _FOLLOWS_NUMBERS.isdisjoint(operator.tags):
+            raise RuntimeError(f"{operator} cannot be recorded: what it returns depends on the numbers in tensors")
+        result = operator(*args, **kwargs)
+        if operator.is_view or operator.overloadpacket in _MAKES_MEMORY:
+            return result
+        if operator._schema.is_mutable:
+            self._calls.append(partial(operator, *args, **kwargs))
+            return result
+        self._calls.append(partial(_compute_again, operator, args, kwargs, tree_leaves(result)))
+        return result
+
+
+def _compute_again(operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+    for output, value in zip(outputs, tree_leaves(operator(*args, **kwargs)), strict=True):
+        output.copy_(value)
