@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ops import cpu_matmul, lm_head
 from ops.autograd import apply
-from ops.compiled import ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
+from ops.compiled import ONE, ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
 from ops.cpu_matmul import COLUMNS
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
 
 ROW_BLOCK = 2048  # rows whose logits exist at once; moves no bit
+_INFINITY = f32(np.inf)
 VOCAB_BLOCK = 8192  # part of the reduction order: never changed at run time; a multiple of COLUMNS
 
 Temperature = float | Tensor  # one for all rows, or FP32 [T] or [T, 1]
@@ -51,9 +52,9 @@ class Head:
             x = cpu_matmul.multiply(hidden, packed, min(VOCAB_BLOCK, self._vocabulary - first), torch.float32)
             yield first, _tempered(x, temperature)
 
-    def whole(self, hidden: Tensor, temperature: Tensor) -> Tensor:
-        """x [T, V], in the same bits."""
-        return _tempered(cpu_matmul.multiply(hidden, self._packed, self._vocabulary, torch.float32), temperature)
+    def logits(self, hidden: Tensor) -> Tensor:
+        """x [T, V] at temperature 1, in the same bits."""
+        return cpu_matmul.multiply(hidden, self._packed, self._vocabulary, torch.float32)
 
     def add_gradients(self, grad_x: Tensor, first: int, hidden: Tensor, grad_hidden: Tensor, grad_head: Tensor) -> None:
         """grad_x [T, V'] of the logits from column `first` on, to FP32 gradients of hidden [T, D] and of W [V, D]."""
@@ -66,74 +67,88 @@ def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
     return x.div_(temperature) if bool((temperature != 1).any()) else x
 
 
-_LANES = 64  # partial sums of a row, part of the reduction order too
+ROW_LANES = 64  # partial sums of a row, part of the reduction order too
 
 
 @compiled
-def _cpu_statistics_kernel(begin, end, x, at, width, first, targets, chosen, top, total, weighted):
-    """Items are rows. Columns at .. at + width - 1 of x are the vocabulary from `first` on; what comes after them goes
-    on from the columns before."""
-    sums, products, weights = np.empty(_LANES, f32), np.empty(_LANES, f32), np.empty(width, f32)
+def _sum(x, lanes):
+    lanes[:] = ZERO
+    whole = x.shape[0] - x.shape[0] % ROW_LANES
+    for i in range(0, whole, ROW_LANES):
+        some = x[i : i + ROW_LANES]
+        for lane in range(ROW_LANES):
+            lanes[lane] += some[lane]
+    for i in range(whole, x.shape[0]):
+        lanes[i - whole] += x[i]
+    return sum_lanes(lanes)
+
+
+@compiled
+def _sum_products(x, y, lanes):
+    lanes[:] = ZERO
+    whole = x.shape[0] - x.shape[0] % ROW_LANES
+    for i in range(0, whole, ROW_LANES):
+        some, others = x[i : i + ROW_LANES], y[i : i + ROW_LANES]
+        for lane in range(ROW_LANES):
+            lanes[lane] = fma(some[lane], others[lane], lanes[lane])
+    for i in range(whole, x.shape[0]):
+        lanes[i - whole] = fma(x[i], y[i], lanes[i - whole])
+    return sum_lanes(lanes)
+
+
+@compiled
+def _add_block(values, top, total, weights, lanes):
+    """Takes a block of x into its row's largest and into the sum of exp(x - largest), which it returns with what the
+    sums so far shrink by; weights become the block's exponentials."""
+    new_top = max(top, largest(values, values.shape[0], lanes))
+    for i in range(values.shape[0]):
+        weights[i] = exp(values[i] - new_top)
+    rescale = exp(top - new_top)
+    return new_top, fma(total, rescale, _sum(weights, lanes)), rescale
+
+
+@compiled
+def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, weighted, log_sum):
+    """Items are rows. The columns of x are the vocabulary from `first` on, and follow on those before."""
+    lanes, weights = np.empty(ROW_LANES, f32), np.empty(x.shape[1], f32)
     for row in range(begin, end):
-        values = x[row, at : at + width]
-        if first <= targets[row] < first + values.shape[0]:
-            chosen[row] = values[targets[row] - first]
-        new_top = max(top[row], largest(values, values.shape[0], sums))
-        for i in range(values.shape[0]):
-            weights[i] = exp(values[i] - new_top)
-        sums[:] = ZERO
-        products[:] = ZERO
-        whole = values.shape[0] - values.shape[0] % _LANES
-        for i in range(0, whole, _LANES):
-            some, their = weights[i : i + _LANES], values[i : i + _LANES]
-            for lane in range(_LANES):
-                sums[lane] += some[lane]
-                products[lane] = fma(some[lane], their[lane], products[lane])
-        for i in range(whole, values.shape[0]):
-            sums[i - whole] += weights[i]
-            products[i - whole] = fma(weights[i], values[i], products[i - whole])
-        rescale = exp(top[row] - new_top)
-        total[row] = fma(total[row], rescale, sum_lanes(sums))
-        weighted[row] = fma(weighted[row], rescale, sum_lanes(products))
-        top[row] = new_top
+        if first <= targets[row] < first + x.shape[1]:
+            chosen[row] = x[row, targets[row] - first]
+        top[row], total[row], rescale = _add_block(x[row], top[row], total[row], weights, lanes)
+        weighted[row] = fma(weighted[row], rescale, _sum_products(weights, x[row], lanes))
+        log_sum[row] = top[row] + np.log(total[row])
 
 
-class _Statistics:
-    """Of rows of x whose columns arrive in blocks: x at the target, log sum exp, and entropy, FP32 [T] each."""
+@compiled
+def normalize(x, temperature, weights, lanes):
+    """A row of logits [V] becomes its log-probs, by blocks as long as `weights`."""
+    if temperature != ONE:
+        for i in range(x.shape[0]):
+            x[i] /= temperature
+    top, total = -_INFINITY, ZERO
+    for first in range(0, x.shape[0], weights.shape[0]):
+        values = x[first : min(first + weights.shape[0], x.shape[0])]
+        top, total, _ = _add_block(values, top, total, weights[: values.shape[0]], lanes)
+    log_sum = top + np.log(total)
+    for i in range(x.shape[0]):
+        x[i] -= log_sum
 
-    def __init__(self, targets: Tensor) -> None:
-        self.targets, self.top = targets, torch.full(targets.shape, float("-inf"))
-        self.total, self.weighted = torch.zeros_like(self.top), torch.zeros_like(self.top)
-        self.chosen = torch.empty_like(self.top)
 
-    def add(self, x: Tensor, at: int, width: int, first: int) -> None:
-        """Columns at .. at + width - 1 of x, which are the vocabulary from `first` on."""
-        share(
-            _cpu_statistics_kernel, len(x), 20 * len(x) * width, x, at, width, first, self.targets, self.chosen,
-            self.top, self.total, self.weighted,
-        )  # fmt: skip
-
-    def log_sum(self) -> Tensor:
-        return self.top + self.total.log()
-
-    def entropy(self) -> Tensor:
-        return self.log_sum() - self.weighted / self.total
+@compiled
+def _cpu_normalize_kernel(begin, end, x, temperature, block):
+    """Items are rows."""
+    lanes, weights = np.empty(ROW_LANES, f32), np.empty(block, f32)
+    for row in range(begin, end):
+        normalize(x[row], temperature[row, 0], weights, lanes)
 
 
 def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the blocks of x: x at the target, log sum exp, and entropy, FP32 [T] each."""
-    statistics = _Statistics(targets)
+    top, chosen = torch.full(targets.shape, float("-inf")), torch.empty(targets.shape)
+    log_sum, total, weighted = torch.empty_like(top), torch.zeros_like(top), torch.zeros_like(top)
     for first, x in blocks:
-        statistics.add(x, 0, x.shape[1], first)
-    return statistics.chosen, statistics.log_sum(), statistics.entropy()
-
-
-def cpu_rows(hidden: Tensor, head: Head, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """x FP32 [T, V] and its log sums [T]: their difference are the log-probs of the whole vocabulary."""
-    x, statistics = head.whole(hidden, temperature), _Statistics(torch.zeros(len(hidden), dtype=torch.int64))
-    for first in range(0, x.shape[1], VOCAB_BLOCK):
-        statistics.add(x, first, min(VOCAB_BLOCK, x.shape[1] - first), first)
-    return x, statistics.log_sum()
+        share(_cpu_statistics_kernel, len(x), 20 * x.numel(), x, first, targets, chosen, top, total, weighted, log_sum)
+    return chosen, log_sum, log_sum - weighted / total
 
 
 def softmax_gradient_(x: Tensor, first: int, targets: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
@@ -253,5 +268,6 @@ def full_log_probs(
         x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
-    x, log_sum = cpu_rows(hidden, Head(weight, dtype, packed), temperature)
-    return x.sub_(log_sum.unsqueeze(1))
+    x = Head(weight, dtype, packed).logits(hidden)
+    share(_cpu_normalize_kernel, len(x), 20 * x.numel(), x, temperature, VOCAB_BLOCK)
+    return x

@@ -12,7 +12,7 @@ from torch import Tensor
 from ops.compiled import compiled, exp, f32, share, sum_lanes
 from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
-from ops.log_probs import Head, cpu_rows, full_log_probs, per_row
+from ops.log_probs import ROW_LANES, VOCAB_BLOCK, Head, full_log_probs, normalize, per_row
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -54,15 +54,19 @@ _WALK = 256  # tokens whose mass is summed before it joins the total: first the 
 
 
 @compiled
-def _subtract(x, shift):
-    for i in range(x.shape[0]):
-        x[i] -= shift
-
-
-@compiled
 def _exponentiate(x, p):
     for i in range(x.shape[0]):
         p[i] = exp(x[i])
+
+
+@compiled
+def _most_likely_of(x):
+    """The lowest token among equals."""
+    token = 0
+    for i in range(1, x.shape[0]):
+        if x[i] > x[token]:
+            token = i
+    return token
 
 
 @compiled
@@ -97,17 +101,27 @@ def _draw_from(p, uniform, runs, lanes):
 
 
 @compiled
-def _cpu_draw_kernel(begin, end, rows, shift, limited, uniform, tokens, processed):
-    """Items are rows, from which `shift` is subtracted. Drawn is from `limited`, or from all if that has no rows."""
+def _cpu_draw_kernel(begin, end, rows, divisor, limited, temperature, uniform, tokens, chosen, processed):
+    """Items are rows: logits, which become log-probs here, or if `divisor` [B, 1] is empty log-probs. Drawn is from
+    `limited`, or from all if that has no rows."""
     vocabulary = rows.shape[1]
     runs, lanes, every = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(_LANES), np.empty(vocabulary, f32)
+    row_lanes, weights = np.empty(ROW_LANES, f32), np.empty(VOCAB_BLOCK, f32)
     for row in range(begin, end):
-        _subtract(rows[row], shift[row])
-        p = limited[row] if limited.shape[0] > 0 else every
-        if limited.shape[0] == 0:
-            _exponentiate(rows[row], every)
-        token, mass = _draw_from(p, uniform[row], runs, lanes)
-        tokens[row], processed[row] = token, np.log(p[token] / mass)
+        x = rows[row]
+        if divisor.shape[0] > 0:
+            normalize(x, divisor[row, 0], weights, row_lanes)
+        if temperature[row] == 0:
+            token = _most_likely_of(x)
+            processed[row] = 0.0
+        else:
+            if limited.shape[0] > 0:
+                every[:] = limited[row]
+            else:
+                _exponentiate(x, every)
+            token, mass = _draw_from(every, uniform[row], runs, lanes)
+            processed[row] = np.log(every[token] / mass)
+        tokens[row], chosen[row] = token, x[token]
 
 
 @compiled
@@ -116,27 +130,28 @@ def _cpu_exp_kernel(begin, end, rows, probabilities):
         _exponentiate(rows[row], probabilities[row])
 
 
+def _has_limits(top_p: Tensor, top_k: Tensor, min_p: Tensor) -> bool:
+    return bool((top_p.numpy() < 1).any() or (top_k.numpy() > 0).any() or (min_p.numpy() > 0).any())
+
+
 def _cpu_draw(
     rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """rows: FP32 [B, V], log-probs once `shift` [B] is subtracted in place -> tokens int64 [B] and their processed
-    log-probs."""
-    shift = torch.zeros(len(rows)) if shift is None else shift
-    limited = rows.new_empty(0, rows.shape[1])
-    if bool((top_p < 1).any() or (top_k > 0).any() or (min_p > 0).any()):
-        rows.sub_(shift.unsqueeze(1))
-        shift, probabilities = torch.zeros_like(shift), torch.empty_like(rows)
+    divisor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """rows: log-probs FP32 [B, V], or with a `divisor` [B, 1] logits, which become log-probs over it -> tokens int64
+    [B], their log-probs, and their processed ones."""
+    limited, divisor = rows.new_empty(0, rows.shape[1]), rows.new_empty(0, 1) if divisor is None else divisor
+    if _has_limits(top_p, top_k, min_p):
+        assert not len(divisor), "limits are of log-probs"
+        probabilities = torch.empty_like(rows)
         share(_cpu_exp_kernel, len(rows), 10 * rows.numel(), rows, probabilities)
         limited = _truncate(probabilities.double(), top_p, top_k, min_p).float()
-    tokens, processed = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows))
-    share(_cpu_draw_kernel, len(rows), 15 * rows.numel(), rows, shift, limited, uniform, tokens, processed)
-    greedy = temperature == 0
-    if bool(greedy.any()):
-        vocabulary = torch.arange(rows.shape[1])
-        best = torch.where(rows == rows.amax(-1, keepdim=True), vocabulary, rows.shape[1]).amin(-1)
-        tokens, processed = torch.where(greedy, best, tokens), processed.masked_fill(greedy, 0.0)
-    return tokens, processed
+    tokens, chosen, processed = temperature.new_empty(len(rows), dtype=torch.int64), *rows.new_empty(2, len(rows))
+    share(
+        _cpu_draw_kernel, len(rows), 30 * rows.numel(), rows, divisor, limited, temperature, uniform, tokens, chosen,
+        processed,
+    )  # fmt: skip
+    return tokens, chosen, processed
 
 
 def _truncate(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
@@ -310,15 +325,16 @@ def sample(
     so their order is nothing: as SGLang has it ("joint"). Transformers (top-k, top-p, min-p) and vLLM (min-p, top-k,
     top-p) measure each on what the one before has left, which is another set where top_p comes after another limit.
     """
-    divisor = torch.where(temperature == 0, 1.0, temperature)
-    if banned is None and choose("sample", hidden) is not Path.TRITON:  # one pass over the vocabulary less
-        rows, log_sum = cpu_rows(hidden, Head(weight, dtype, packed), per_row(divisor, hidden))
-        tokens, processed = _cpu_draw(rows, temperature, top_p, top_k, min_p, uniform, log_sum)
-    else:
-        rows = full_log_probs(hidden, weight, divisor, dtype, packed)
-        draw = _triton_draw if choose("sample", hidden) is Path.TRITON else _cpu_draw
-        allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
-        tokens, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
+    divisor = per_row(torch.where(temperature == 0, 1.0, temperature), hidden)
+    on_cpu = choose("sample", hidden) is not Path.TRITON
+    if on_cpu and banned is None and not _has_limits(top_p, top_k, min_p):  # one pass over the vocabulary less
+        rows = Head(weight, dtype, packed).logits(hidden)
+        tokens, chosen, processed = _cpu_draw(rows, temperature, top_p, top_k, min_p, uniform, divisor)
+        return tokens, chosen, rows, processed
+    rows = full_log_probs(hidden, weight, divisor, dtype, packed)
+    allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
+    draw = _cpu_draw if on_cpu else _triton_draw
+    tokens, *_, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
     inside = tokens.clamp(0, rows.shape[1] - 1)  # a kernel that is compiled and not run leaves tokens undefined
     return tokens, rows.gather(1, inside.unsqueeze(1)).squeeze(1), rows, processed
 

@@ -110,10 +110,12 @@ class _Step:
         return hidden
 
     def record(self) -> None:
-        """A first run compiles the kernels. Only spare rows take part in it: a state would advance twice."""
+        """A first run compiles the kernels, and makes of the weights what they read. Only spare rows take part in it: a
+        state would advance twice."""
         none = np.zeros(0, dtype=np.int64)
         self.fill(none, none, none.reshape(0, 0), none)
         if self.graphs._on_cpu:
+            self._compute()
             self.graph = ops.Recording(self._compute)
             self.hidden = self.graph.result
             return

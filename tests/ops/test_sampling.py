@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ops
+from ops.log_probs import VOCAB_BLOCK
 
 FP32 = torch.float32
 
@@ -251,3 +252,15 @@ def test_the_most_likely_are_the_first_of_a_stable_sort(seed: int, count: int) -
     expected, order = rows.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ids, order[:, :count])
     assert torch.equal(values, expected[:, :count])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_the_learners_beyond_a_block_of_the_vocabulary(temperature: float) -> None:
+    """Sums over the vocabulary run by blocks, of which most tests fill no more than one."""
+    rows, vocabulary = 300, 2 * VOCAB_BLOCK + 37  # many, as the logarithm hides most differences of a sum
+    hidden, weight = torch.randn(rows, 16), torch.randn(vocabulary, 16)
+    settings = torch.full((rows,), temperature), torch.ones(rows), torch.zeros(rows), torch.zeros(rows)
+    uniform = torch.rand(rows, dtype=torch.float64)
+    tokens, chosen, every, _ = ops.sample(hidden, weight, *settings, uniform, FP32)
+    assert torch.equal(chosen, ops.log_probs(hidden, weight, tokens, temperature, FP32)[0])
+    assert torch.equal(every, ops.full_log_probs(hidden, weight, temperature, FP32))
