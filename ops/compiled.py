@@ -26,14 +26,21 @@ from torch import Tensor
 
 try:
     import numba
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
 except ImportError:
     numba = None
 
-MIN_SHARE = 200_000  # operations for each thread, some 20 microseconds: a team starts in a quarter of that
+
+@cache
+def features() -> dict[str, bool]:
+    """Of this CPU, by LLVM's names."""
+    return {} if numba is None else dict(binding.get_host_cpu_features())
+
+
+MIN_SHARE = 50_000  # operations for each thread, some 10 microseconds: a team starts in less
 f32 = np.float32
 
 
@@ -219,19 +226,21 @@ if numba is not None:
 
         return array.dtype(types.float32, array), generate
 
-    def _panels(count):
-        """Of `count` panels."""
+    def _panels(rows, count):
+        """Of `rows` rows and `count` panels."""
 
         @intrinsic
-        def add(_, weights, x, x_at, step, panel, out, out_at, terms):
-            """out[out_at + PANEL p + i] += weights[t] x[x_at + step t + panel p + i] for t < terms in order, at places
-            in memory, x FP32 or BF16. The sums stay in registers, which LLVM does not find by itself."""
+        def add(_, weights, weights_at, weights_step, x, x_at, step, panel, out, out_at, out_step, terms):
+            """out[r, PANEL p + i] += weights[r, t] x[x_at + step t + panel p + i] for t < terms in order, x FP32 or
+            BF16; row r of weights and out begins at their place plus r steps. The sums stay in registers, which LLVM
+            does not find by itself."""
 
             def generate(context, builder, signature, args):
                 weights, x, out = (
-                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 1, 5)
+                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 3, 7)
                 )
-                x_at, step, panel, out_at, terms = (args[i] for i in (2, 3, 4, 6, 7))
+                weights_at, weights_step, x_at, step, panel = (args[i] for i in (1, 2, 4, 5, 6))
+                out_at, out_step, terms = args[8:]
                 vector, index = ir.VectorType(ir.FloatType(), PANEL), ir.IntType(32)
                 lanes, none = ir.Constant(ir.VectorType(index, PANEL), None), ir.Constant(vector, ir.Undefined)
                 multiply_add = cgutils.get_or_insert_function(
@@ -241,39 +250,53 @@ if numba is not None:
                 def place(array, at, kind=vector):
                     return builder.bitcast(builder.gep(array, [at]), kind.as_pointer())
 
+                def row(at, step, r):
+                    return builder.add(at, builder.mul(step, ir.Constant(at.type, r)))
+
                 def numbers(at):
-                    if signature.args[1].dtype == types.float32:
+                    if signature.args[3].dtype == types.float32:
                         return builder.load(place(x, at), align=4)
                     wide = ir.VectorType(index, PANEL)
                     halves = builder.load(place(x, at, ir.VectorType(ir.IntType(16), PANEL)), align=2)
                     high = builder.shl(builder.zext(halves, wide), ir.Constant(wide, [16] * PANEL))
                     return builder.bitcast(high, vector)
 
-                def result(p):
-                    return place(out, builder.add(out_at, ir.Constant(out_at.type, PANEL * p)))
+                def everywhere(value):
+                    return builder.shuffle_vector(
+                        builder.insert_element(none, value, ir.Constant(index, 0)), none, lanes
+                    )
 
-                sums = [cgutils.alloca_once(builder, vector) for _ in range(count)]
-                for p, total in enumerate(sums):
-                    builder.store(builder.load(result(p), align=4), total)
+                cells = [(r, p) for r in range(rows) for p in range(count)]
+                results = {
+                    (r, p): place(out, builder.add(row(out_at, out_step, r), ir.Constant(out_at.type, PANEL * p)))
+                    for r, p in cells
+                }
+                sums = {cell: cgutils.alloca_once(builder, vector) for cell in cells}
+                for cell in cells:
+                    builder.store(builder.load(results[cell], align=4), sums[cell])
+                sources = [builder.gep(weights, [row(weights_at, weights_step, r)]) for r in range(rows)]
                 with cgutils.for_range(builder, terms) as loop:
-                    weight = builder.load(builder.gep(weights, [loop.index]))
-                    weight = builder.insert_element(none, weight, ir.Constant(index, 0))
-                    weight = builder.shuffle_vector(weight, none, lanes)
                     at = builder.add(x_at, builder.mul(loop.index, step))
-                    for total in sums:
-                        row = numbers(at)
-                        builder.store(builder.call(multiply_add, [weight, row, builder.load(total)]), total)
-                        at = builder.add(at, panel)
-                for p, total in enumerate(sums):
-                    builder.store(builder.load(total), result(p), align=4)
+                    values = [numbers(row(at, panel, p)) for p in range(count)]
+                    for r, source in enumerate(sources):
+                        weight = everywhere(builder.load(builder.gep(source, [loop.index])))
+                        for p, value in enumerate(values):
+                            total = builder.load(sums[r, p])
+                            builder.store(builder.call(multiply_add, [weight, value, total]), sums[r, p])
+                for cell in cells:
+                    builder.store(builder.load(sums[cell]), results[cell], align=4)
                 return context.get_dummy_value()
 
             i = types.intp
-            return types.void(weights, x, i, i, i, out, i, i), generate
+            return types.void(weights, i, i, x, i, i, i, out, i, i, i), generate
 
         return add
 
-    _four_panels, _two_panels, _one_panel = _panels(4), _panels(2), _panels(1)
+    # As many panels beside the rows as registers hold sums: of 16 numbers with AVX-512, else in pairs of 8.
+    _WIDE = [min(4, (16 if features().get("avx512f") else 4) // rows) for rows in range(1, 5)]
+    _one_row, _two_rows, _three_rows, _four_rows = (_panels(rows + 1, _WIDE[rows]) for rows in range(4))
+    _one_cell, _two_cells, _three_cells, _four_cells = (_panels(rows + 1, 1) for rows in range(4))
+    _WIDE_1, _WIDE_2, _WIDE_3, _WIDE_4 = _WIDE
 
 
 ZERO, ONE = f32(0.0), f32(1.0)
@@ -335,30 +358,54 @@ def sum_lanes(lanes):
     return total
 
 
-@compiled
-def add_panels(weights, x, step, panel, panels, out, terms):
-    """out [panels * PANEL] += sum over t < terms, in order, of weights[t] times what begins at x[step t + panel p]."""
-    p = 0
-    while panels - p >= 4:
-        _four_panels(weights, x, panel * p, step, panel, out, PANEL * p, terms)
-        p += 4
-    if panels - p >= 2:
-        _two_panels(weights, x, panel * p, step, panel, out, PANEL * p, terms)
-        p += 2
-    if panels > p:
-        _one_panel(weights, x, panel * p, step, panel, out, PANEL * p, terms)
+TOGETHER = 4  # rows that `add_panels` takes at most
 
 
 @compiled
-def add_weighted(weights, rows, count, out):
-    """out [d] += the first `count` weights times rows [count, d], in order."""
-    width = out.shape[0]
+def add_panels(rows, weights, weights_at, x, step, panel, panels, out, out_at, terms):
+    """out[r, out_at + PANEL p + i] += sum over t < terms, in order, of weights[r, weights_at + t] times
+    x[step t + panel p + i], for i < PANEL and p < panels, in the first `rows` <= TOGETHER rows."""
+    p, w, o = 0, weights.shape[1], out.shape[1]
+    if rows == 4:
+        while panels - p >= _WIDE_4:
+            _four_rows(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += _WIDE_4
+        while p < panels:
+            _four_cells(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += 1
+    elif rows == 3:
+        while panels - p >= _WIDE_3:
+            _three_rows(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += _WIDE_3
+        while p < panels:
+            _three_cells(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += 1
+    elif rows == 2:
+        while panels - p >= _WIDE_2:
+            _two_rows(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += _WIDE_2
+        while p < panels:
+            _two_cells(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += 1
+    elif rows == 1:
+        while panels - p >= _WIDE_1:
+            _one_row(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += _WIDE_1
+        while p < panels:
+            _one_cell(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            p += 1
+
+
+@compiled
+def add_weighted(rows, weights, weights_at, x, count, out):
+    """out[r] [d] += the weights [r, weights_at + j] times x[j], j < count in order, in `rows` <= TOGETHER rows."""
+    width = out.shape[1]
     panels = width // PANEL
-    add_panels(weights, rows, width, PANEL, panels, out, count)
-    for j in range(count):
-        row = rows[j]
-        for e in range(panels * PANEL, width):
-            out[e] = fma(weights[j], number(row[e]), out[e])
+    add_panels(rows, weights, weights_at, x, width, PANEL, panels, out, 0, count)
+    for r in range(rows):
+        for j in range(count):
+            for e in range(panels * PANEL, width):
+                out[r, e] = fma(weights[r, weights_at + j], number(x[j, e]), out[r, e])
 
 
 # The keys of a chunk lie in panels [C / W, d, W]: W neighbouring keys side by side, for vector instructions, and a key
@@ -373,15 +420,16 @@ def panels_of(keys: Tensor) -> Tensor:
 
 
 @compiled
-def score_keys(query, keys, count, scores):
-    """scores [>= count] of a query [d] with the keys [C / W, d, W] of a chunk, over d in order. Beyond `count` they
-    are whatever a panel has there."""
+def score_keys(rows, queries, keys, count, scores, at):
+    """scores[r, at + j] of a query [r, d] with key j < count of a chunk [C / W, d, W], over d in order, in the first
+    `rows` <= TOGETHER rows. Behind them the scores are whatever a panel has there."""
     dim, width = keys.shape[1:]
     panels = (count + width - 1) // width
-    scores[: panels * width] = ZERO
+    scores[:rows, at : at + panels * width] = ZERO
     if width == PANEL:
-        add_panels(query, keys, PANEL, PANEL * dim, panels, scores, dim)
+        add_panels(rows, queries, 0, keys, PANEL, PANEL * dim, panels, scores, at, dim)
     else:
-        for d in range(dim):
-            for j in range(count):
-                scores[j] = fma(query[d], number(keys[0, d, j]), scores[j])
+        for r in range(rows):
+            for d in range(dim):
+                for j in range(count):
+                    scores[r, at + j] = fma(queries[r, d], number(keys[0, d, j]), scores[r, at + j])

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.compiled import compiled, f32, number, plain, readable, share, stored
+from ops.compiled import compiled, f32, features, number, plain, readable, share, stored
 
 try:
-    from llvmlite import binding, ir
+    from llvmlite import ir
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
@@ -39,16 +39,11 @@ _REQUEST_PERMISSION, _ARCH_PRCTL, _TILE_DATA = 0x1023, 158, 18  # of Linux on x8
 
 
 @cache
-def _features() -> dict[str, bool]:
-    return dict(binding.get_host_cpu_features()) if intrinsic is not None else {}
-
-
-@cache
 def has_tiles() -> bool:
     """Does this CPU have tiles for BF16, and does the system let this process use them?"""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
         return False
-    if not (_features().get("amx-tile") and _features().get("amx-bf16")):
+    if not (features().get("amx-tile") and features().get("amx-bf16")):
         return False
     return ctypes.CDLL(None, use_errno=True).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
@@ -56,7 +51,7 @@ def has_tiles() -> bool:
 @cache
 def has_pairs() -> bool:
     """Does this CPU multiply BF16 numbers, in tiles or in pairs?"""
-    return has_tiles() or bool(_features().get("avx512bf16"))
+    return has_tiles() or bool(features().get("avx512bf16"))
 
 
 def bf16_products() -> str:
@@ -65,7 +60,7 @@ def bf16_products() -> str:
 
 
 # Accumulators must fit the registers: 32 of 16 numbers with AVX-512, else 16 of 8.
-_TILE_ROWS, _TILE_VECTORS = (8, 2) if _features().get("avx512f") else (4, 1)
+_TILE_ROWS, _TILE_VECTORS = (8, 2) if features().get("avx512f") else (4, 1)
 _TILE_SIDE = 32  # rows and columns that AMX takes in four tiles
 
 

@@ -105,11 +105,11 @@ def _advance_state(state, keys, values, key_decay, chunk_decay, weights, update)
     chunk, width = values.shape[0], keys.shape[2]
     for d in range(state.shape[0]):
         for j in range(chunk):
-            weights[j] = number(keys[j // width, d, j % width]) * key_decay[j, 0]
+            weights[0, j] = number(keys[j // width, d, j % width]) * key_decay[j, 0]
         update[:] = ZERO
-        add_weighted(weights, values, chunk, update)
-        for e in range(update.shape[0]):
-            state[d, e] = fma(state[d, e], chunk_decay, update[e])
+        add_weighted(1, weights, 0, values, chunk, update)
+        for e in range(update.shape[1]):
+            state[d, e] = fma(state[d, e], chunk_decay, update[0, e])
 
 
 @compiled
@@ -121,7 +121,8 @@ def _cpu_lightning_kernel(
     the open chunk; previous [N, H, d, d] takes the state in front of every tile, if it has room for any."""
     heads, dim = q.shape[1:]
     chunk, width = value_pool.shape[2], key_pool.shape[4]
-    query, across, inside, scores = np.empty(dim, f32), np.empty(dim, f32), np.empty(dim, f32), np.empty(chunk, f32)
+    query, across, inside = np.empty((1, dim), f32), np.empty((1, dim), f32), np.empty((1, dim), f32)
+    scores = np.empty((1, chunk), f32)
     for item in range(begin, end):
         sequence, head = item // heads, item % heads
         slot, start = slots[sequence], starts[sequence]
@@ -132,19 +133,19 @@ def _cpu_lightning_kernel(
                 previous[sequence_tiles[sequence, (start + n) // chunk - start // chunk], head] = state
             panel, value, decay = keys[row // width], values[row], tile_decay[head, row]
             for d in range(dim):
-                query[d] = q[token, head, d] * scale
+                query[0, d] = q[token, head, d] * scale
                 panel[d, row % width] = stored(number(k[token, head, d]), key_pool)
             for d in range(dim):
                 value[d] = stored(number(v[token, head, d]), value_pool)
-            score_keys(query, keys, row + 1, scores)
+            score_keys(1, query, keys, row + 1, scores, 0)
             for j in range(row + 1):
-                scores[j] *= decay[j]
+                scores[0, j] *= decay[j]
             inside[:] = ZERO
-            add_weighted(scores, values, row + 1, inside)
+            add_weighted(1, scores, 0, values, row + 1, inside)
             across[:] = ZERO
-            add_weighted(query, state, dim, across)
+            add_weighted(1, query, 0, state, dim, across)
             for d in range(dim):
-                out[token, head, d] = fma(across[d], query_decay[head, row, 0], inside[d])
+                out[token, head, d] = fma(across[0, d], query_decay[head, row, 0], inside[0, d])
             if row == chunk - 1:
                 _advance_state(state, keys, values, key_decay[head], chunk_decay[head, 0, 0], scores, inside)
 

@@ -65,9 +65,9 @@ def _cpu_norm_kernel(begin, end, x, delta, weight, gate, eps, total, y, scale):
             added, source = delta[row], total[row]
             for i in range(added.shape[0]):
                 source[i] = x[row, i] + number(added[i])
-        scale[row] = norm_scale(source, eps, lanes)
+        scale[row] = by = norm_scale(source, eps, lanes)
         for i in range(source.shape[0]):
-            target[i] = source[i] * scale[row] * factors[i]
+            target[i] = source[i] * by * factors[i]
         if gate.shape[0] > 0:
             gates = gate[row]
             for i in range(source.shape[0]):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ops.autograd import apply
 from ops.compiled import (
+    TOGETHER,
     ZERO,
     add_weighted,
     compiled,
@@ -70,7 +71,6 @@ def softmax_attention_reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[i
 # which reads keys less often and moves no bit, as every row has sums of its own. A score is summed over d in order,
 # weights and weighted values in order of position, segment by segment.
 
-_ROWS = 4
 SEGMENT = 1024  # positions that are summed before they join the total
 
 
@@ -105,7 +105,7 @@ def _exponentiate(row, count, segment, lanes):
 
 @compiled
 def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, sums):
-    """Weighted values of `rows` rows, unnormalised, into sums [rows, d]; row r sees keys_seen[r], the last one most."""
+    """Weighted values of `rows` rows, unnormalised, into sums [rows, d]; row r sees keys_seen[r], row 0 least."""
     chunk = values.shape[2]
     per_segment = segment // chunk
     blocks = (keys_seen[rows - 1] + chunk - 1) // chunk
@@ -114,10 +114,12 @@ def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, su
         part[:rows] = ZERO
         for b in range(begin, min(begin + per_segment, blocks)):
             block = values[table[b], head]
-            for r in range(rows):
-                count = min(chunk, keys_seen[r] - b * chunk)
-                if count > 0:
-                    add_weighted(scores[r, b * chunk :], block, count, part[r])
+            least = max(0, min(chunk, keys_seen[0] - b * chunk))
+            add_weighted(rows, scores, b * chunk, block, least, part)
+            for r in range(1, rows):  # that see more
+                more = min(chunk, keys_seen[r] - b * chunk) - least
+                if more > 0:
+                    add_weighted(1, scores[r : r + 1], b * chunk + least, block[least:], more, part[r : r + 1])
         for r in range(rows):
             for d in range(part.shape[1]):
                 sums[r, d] += part[r, d]
@@ -130,25 +132,23 @@ def _cpu_attention_kernel(
     """Items are pairs of a tile and a key-value head. keys [blocks, K, C / W, d, W], values [blocks, K, C, d]."""
     kv_heads, chunk, dim = values.shape[1:]
     groups = q.shape[1] // kv_heads
-    queries, sums, part = np.empty((_ROWS, dim), f32), np.empty((_ROWS, dim), f32), np.empty((_ROWS, dim), f32)
-    keys_seen, totals, lanes = np.empty(_ROWS, np.int64), np.empty(_ROWS, f32), np.empty(8, f32)
-    scores = np.empty((_ROWS, (tile_chunk.max() + 1) * chunk), f32)
+    queries, sums, part = np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32)
+    keys_seen, totals, lanes = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, f32), np.empty(8, f32)
+    scores = np.empty((TOGETHER, (tile_chunk.max() + 1) * chunk), f32)
     for item in range(begin, end):
         tile, head = item // kv_heads, item % kv_heads
         sequence, blocks = tile_sequence[tile], tile_chunk[tile] + 1
         position = max(starts[sequence], (blocks - 1) * chunk)
         tokens = min(starts[sequence] + lengths[sequence], blocks * chunk) - position
         token = begins[sequence] + position - starts[sequence]
-        for row in range(0, tokens * groups, _ROWS):
-            rows = min(_ROWS, tokens * groups - row)
+        for row in range(0, tokens * groups, TOGETHER):
+            rows = min(TOGETHER, tokens * groups - row)
             _gather_queries(q, token, head, row, rows, groups, scale, queries)
             for r in range(rows):
                 keys_seen[r] = position + (row + r) // groups + 1
             for b in range(blocks):
-                block = keys[table[sequence, b], head]
-                for r in range(rows):
-                    count = min(chunk, keys_seen[r] - b * chunk)
-                    score_keys(queries[r], block, count, scores[r, b * chunk :])
+                count = min(chunk, keys_seen[rows - 1] - b * chunk)
+                score_keys(rows, queries, keys[table[sequence, b], head], count, scores, b * chunk)
             for r in range(rows):
                 at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups
                 top, totals[r] = _exponentiate(scores[r], keys_seen[r], segment, lanes)
