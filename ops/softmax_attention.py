@@ -126,10 +126,33 @@ def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, su
 
 
 @compiled
+def _append(key, value, row, keys, values):
+    """A key [d] and its value to a row of their head's block, [C / W, d, W] and [C, d]."""
+    width = keys.shape[2]
+    panel, target = keys[row // width], values[row]
+    for d in range(key.shape[0]):
+        panel[d, row % width] = stored(number(key[d]), keys)
+    for d in range(key.shape[0]):
+        target[d] = stored(number(value[d]), values)
+
+
+@compiled
+def _cpu_append_kernel(begin, end, k, v, table, tokens_sequence, positions, keys, values):
+    """Items are tokens."""
+    chunk = values.shape[2]
+    for token in range(begin, end):
+        block = table[tokens_sequence[token], positions[token] // chunk]
+        for head in range(k.shape[1]):
+            _append(k[token, head], v[token, head], positions[token] % chunk, keys[block, head], values[block, head])
+
+
+@compiled
 def _cpu_attention_kernel(
-    begin, end, q, keys, values, table, tile_sequence, tile_chunk, begins, starts, lengths, scale, segment, out, log_sum
-):
-    """Items are pairs of a tile and a key-value head. keys [blocks, K, C / W, d, W], values [blocks, K, C, d]."""
+    begin, end, q, k, v, appends, keys, values, table, tile_sequence, tile_chunk, begins, starts, lengths, scale,
+    segment, out, log_sum,
+):  # fmt: skip
+    """Items are pairs of a tile and a key-value head. keys [blocks, K, C / W, d, W], values [blocks, K, C, d].
+    appends: in decode, a tile's only key is put into its block on the way."""
     kv_heads, chunk, dim = values.shape[1:]
     groups = q.shape[1] // kv_heads
     queries, sums, part = np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32)
@@ -141,6 +164,9 @@ def _cpu_attention_kernel(
         position = max(starts[sequence], (blocks - 1) * chunk)
         tokens = min(starts[sequence] + lengths[sequence], blocks * chunk) - position
         token = begins[sequence] + position - starts[sequence]
+        if appends:
+            block = table[sequence, blocks - 1]
+            _append(k[token, head], v[token, head], position % chunk, keys[block, head], values[block, head])
         for row in range(0, tokens * groups, TOGETHER):
             rows = min(TOGETHER, tokens * groups - row)
             _gather_queries(q, token, head, row, rows, groups, scale, queries)
@@ -160,34 +186,19 @@ def _cpu_attention_kernel(
                     out[at, query_head, d] = sums[r, d] / totals[r]
 
 
-@compiled
-def _cpu_append_kernel(begin, end, k, v, table, tokens_sequence, positions, keys, values):
-    """Items are tokens: their keys [K, d] and values go to a row of a block."""
-    chunk, width = values.shape[2], keys.shape[4]
-    for token in range(begin, end):
-        chunk_index, row = positions[token] // chunk, positions[token] % chunk
-        block = table[tokens_sequence[token], chunk_index]
-        for head in range(k.shape[1]):
-            key, value = k[token, head], v[token, head]
-            panel, target = keys[block, head, row // width], values[block, head, row]
-            for d in range(key.shape[0]):
-                panel[d, row % width] = stored(number(key[d]), keys)
-            for d in range(key.shape[0]):
-                target[d] = stored(number(value[d]), values)
-
-
 def _cpu_attend(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout, cache: PagedCache) -> tuple[Tensor, Tensor]:
     """Takes in the new keys and values; outputs FP32 [T, H, d] and log-sum-exps [T, H]."""
     table = layout.planned("blocks", cache.block_table, lambda: torch.as_tensor(cache.block_table).numpy())
     q, k, v = plain(q), readable(k), readable(v)
     keys, (tokens, heads, dim) = panels_of(cache.key), q.shape
-    positions = layout.position_ids
-    share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, table, layout.token_sequence, positions, keys, cache.value)
+    if not layout.is_decode:  # else a thread may need what another has not put there yet
+        places = table, layout.token_sequence, layout.position_ids
+        share(_cpu_append_kernel, tokens, 2 * k.numel(), k, v, *places, keys, cache.value)
     out, log_sum = torch.empty_like(q), q.new_empty(tokens, heads)
     operations = 4 * heads * dim * layout.keys_seen
     share(
-        _cpu_attention_kernel, layout.num_tiles * k.shape[1], operations, q, keys, cache.value, table,
-        layout.tile_sequence, layout.tile_chunk, layout.begins, layout.starts, layout.lengths, f32(dim**-0.5),
+        _cpu_attention_kernel, layout.num_tiles * k.shape[1], operations, q, k, v, layout.is_decode, keys, cache.value,
+        table, layout.tile_sequence, layout.tile_chunk, layout.begins, layout.starts, layout.lengths, f32(dim**-0.5),
         max(SEGMENT, layout.chunk_size), out, log_sum,
     )  # fmt: skip
     return out, log_sum

@@ -47,6 +47,7 @@ class DecodeGraphs:
         self._on_cpu = policy.device.type == "cpu"
         self.sizes = padded_sizes(max_batch, CPU_STEP if self._on_cpu else 0)
         self._steps: dict[int, _Step] = {}  # the one used last at the end
+        self._parameters = list(policy.parameters())
         self._weights = self._versions()
         self._memory = torch.cuda.graph_pool_handle() if capture and not self._on_cpu else None
 
@@ -72,7 +73,7 @@ class DecodeGraphs:
         """Of the weights from which recorded steps read something made."""
         if not (self._on_cpu or self.policy.config.fp8_linear):
             return []
-        return [(weight.data_ptr(), weight._version) for weight in self.policy.parameters()]
+        return [(weight.data_ptr(), weight._version) for weight in self._parameters]
 
 
 class _Step:
