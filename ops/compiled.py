@@ -226,6 +226,55 @@ if numba is not None:
 
         return array.dtype(types.float32, array), generate
 
+    def read_numbers(builder, place, count):
+        """A vector of `count` numbers from a pointer to FP32 or to BF16."""
+        floats, words = ir.VectorType(ir.FloatType(), count), ir.VectorType(ir.IntType(32), count)
+        if place.type.pointee == ir.FloatType():
+            return builder.load(builder.bitcast(place, floats.as_pointer()), align=4)
+        halves = ir.VectorType(ir.IntType(16), count).as_pointer()
+        wide = builder.zext(builder.load(builder.bitcast(place, halves), align=2), words)
+        return builder.bitcast(builder.shl(wide, ir.Constant(words, [16] * count)), floats)
+
+    def _in_lanes(width, products, by_largest=False):
+        """lanes[l] takes in x[width i + l], or its product with y there, for i < steps in order; lanes stay in
+        registers, which LLVM does not find by itself. x and y FP32 or BF16, lanes [width] FP32, or FP64 for sums."""
+
+        @intrinsic
+        def reduce(_, x, y, steps, lanes):
+            def generate(context, builder, signature, args):
+                x, y, lanes = (
+                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 1, 3)
+                )
+                element = ir.FloatType() if signature.args[3].dtype == types.float32 else ir.DoubleType()
+                vector, size = ir.VectorType(element, width), args[2].type
+                place = builder.bitcast(lanes, vector.as_pointer())
+                total = cgutils.alloca_once(builder, vector)
+                builder.store(builder.load(place, align=4), total)
+                with cgutils.for_range(builder, args[2]) as loop:
+                    at = builder.mul(loop.index, ir.Constant(size, width))
+                    value, before = read_numbers(builder, builder.gep(x, [at]), width), builder.load(total)
+                    if by_largest:
+                        after = builder.select(builder.fcmp_ordered(">", value, before), value, before)
+                    elif products:
+                        other = read_numbers(builder, builder.gep(y, [at]), width)
+                        function = ir.FunctionType(vector, [vector] * 3)
+                        function = cgutils.get_or_insert_function(builder.module, function, f"llvm.fma.v{width}f32")
+                        after = builder.call(function, [value, other, before])
+                    else:
+                        wide = element == ir.DoubleType()
+                        after = builder.fadd(before, builder.fpext(value, vector) if wide else value)
+                    builder.store(after, total)
+                builder.store(builder.load(total), place, align=4)
+                return context.get_dummy_value()
+
+            return types.void(x, y, types.intp, lanes), generate
+
+        return reduce
+
+    _sum_8, _sum_32, _sum_64 = (_in_lanes(width, products=False) for width in (8, 32, 64))
+    _products_8, _products_64 = (_in_lanes(width, products=True) for width in (8, 64))
+    _largest_16, _largest_64 = (_in_lanes(width, products=False, by_largest=True) for width in (16, 64))
+
     def _panels(rows, count):
         """Of `rows` rows and `count` panels."""
 
@@ -247,19 +296,11 @@ if numba is not None:
                     builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fma.v{PANEL}f32"
                 )
 
-                def place(array, at, kind=vector):
-                    return builder.bitcast(builder.gep(array, [at]), kind.as_pointer())
+                def place(array, at):
+                    return builder.bitcast(builder.gep(array, [at]), vector.as_pointer())
 
                 def row(at, step, r):
                     return builder.add(at, builder.mul(step, ir.Constant(at.type, r)))
-
-                def numbers(at):
-                    if signature.args[3].dtype == types.float32:
-                        return builder.load(place(x, at), align=4)
-                    wide = ir.VectorType(index, PANEL)
-                    halves = builder.load(place(x, at, ir.VectorType(ir.IntType(16), PANEL)), align=2)
-                    high = builder.shl(builder.zext(halves, wide), ir.Constant(wide, [16] * PANEL))
-                    return builder.bitcast(high, vector)
 
                 def everywhere(value):
                     return builder.shuffle_vector(
@@ -277,7 +318,7 @@ if numba is not None:
                 sources = [builder.gep(weights, [row(weights_at, weights_step, r)]) for r in range(rows)]
                 with cgutils.for_range(builder, terms) as loop:
                     at = builder.add(x_at, builder.mul(loop.index, step))
-                    values = [numbers(row(at, panel, p)) for p in range(count)]
+                    values = [read_numbers(builder, builder.gep(x, [row(at, panel, p)]), PANEL) for p in range(count)]
                     for r, source in enumerate(sources):
                         weight = everywhere(builder.load(builder.gep(source, [loop.index])))
                         for p, value in enumerate(values):
@@ -333,29 +374,87 @@ def sigmoid(x):
 
 @compiled
 def largest(x, count, lanes):
-    """Of the first `count` >= 1 numbers; NaN counts as nothing unless it is the first."""
+    """Of the first `count` >= 1 numbers; NaN counts as nothing unless it is the first. lanes [16] or [64]: scratch."""
     width = lanes.shape[0]
     lanes[:] = x[0]
-    whole = count - count % width
-    for i in range(0, whole, width):
-        part = x[i : i + width]
-        for lane in range(width):
-            lanes[lane] = part[lane] if part[lane] > lanes[lane] else lanes[lane]
+    if width == 64:
+        _largest_64(x, x, count // width, lanes)
+    else:
+        _largest_16(x, x, count // width, lanes)
     top = lanes[0]
     for lane in range(1, width):
         top = lanes[lane] if lanes[lane] > top else top
-    for i in range(whole, count):
+    for i in range(count - count % width, count):
         top = x[i] if x[i] > top else top
     return top
 
 
+# Sums of L partial sums, added at last: number i % L takes term i, so vector instructions can add. L is part of
+# the order, hence of the bits. lanes [L]: scratch, FP32 but where said.
+
+
 @compiled
-def sum_lanes(lanes):
-    """Partial sums, added in order. Of L, number i % L takes term i: so vector instructions can add."""
-    total = lanes[0]
-    for lane in range(1, lanes.shape[0]):
-        total += lanes[lane]
-    return total
+def _all_lanes(x, lanes):
+    """The partial sums of whole steps are there; what is left of x, and their sum."""
+    whole = x.shape[0] - x.shape[0] % lanes.shape[0]
+    for i in range(whole, x.shape[0]):
+        lanes[i - whole] += number(x[i])
+    return _add_up(lanes)
+
+
+@compiled
+def _add_up(lanes):
+    """Their sum, halves upon halves; a power of two of them."""
+    width = lanes.shape[0]
+    while width > 1:
+        width //= 2
+        for lane in range(width):
+            lanes[lane] += lanes[lane + width]
+    return lanes[0]
+
+
+@compiled
+def sum_8(x, lanes):
+    lanes[:] = ZERO
+    _sum_8(x, x, x.shape[0] // 8, lanes)
+    return _all_lanes(x, lanes)
+
+
+@compiled
+def sum_32(x, lanes):
+    """lanes FP64"""
+    lanes[:] = 0.0
+    _sum_32(x, x, x.shape[0] // 32, lanes)
+    return _all_lanes(x, lanes)
+
+
+@compiled
+def sum_64(x, lanes):
+    lanes[:] = ZERO
+    _sum_64(x, x, x.shape[0] // 64, lanes)
+    return _all_lanes(x, lanes)
+
+
+@compiled
+def _all_products(x, y, lanes):
+    whole = x.shape[0] - x.shape[0] % lanes.shape[0]
+    for i in range(whole, x.shape[0]):
+        lanes[i - whole] = fma(number(x[i]), number(y[i]), lanes[i - whole])
+    return _add_up(lanes)
+
+
+@compiled
+def dot_8(x, y, lanes):
+    lanes[:] = ZERO
+    _products_8(x, y, x.shape[0] // 8, lanes)
+    return _all_products(x, y, lanes)
+
+
+@compiled
+def dot_64(x, y, lanes):
+    lanes[:] = ZERO
+    _products_64(x, y, x.shape[0] // 64, lanes)
+    return _all_products(x, y, lanes)
 
 
 TOGETHER = 4  # rows that `add_panels` takes at most

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ops import cpu_matmul, lm_head
 from ops.autograd import apply
-from ops.compiled import ONE, ZERO, compiled, exp, f32, fma, largest, share, sum_lanes
+from ops.compiled import ONE, ZERO, compiled, dot_64, exp, f32, fma, largest, share, sum_64
 from ops.cpu_matmul import COLUMNS
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
@@ -67,33 +67,7 @@ def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
     return x.div_(temperature) if bool((temperature != 1).any()) else x
 
 
-ROW_LANES = 64  # partial sums of a row, part of the reduction order too
-
-
-@compiled
-def _sum(x, lanes):
-    lanes[:] = ZERO
-    whole = x.shape[0] - x.shape[0] % ROW_LANES
-    for i in range(0, whole, ROW_LANES):
-        some = x[i : i + ROW_LANES]
-        for lane in range(ROW_LANES):
-            lanes[lane] += some[lane]
-    for i in range(whole, x.shape[0]):
-        lanes[i - whole] += x[i]
-    return sum_lanes(lanes)
-
-
-@compiled
-def _sum_products(x, y, lanes):
-    lanes[:] = ZERO
-    whole = x.shape[0] - x.shape[0] % ROW_LANES
-    for i in range(0, whole, ROW_LANES):
-        some, others = x[i : i + ROW_LANES], y[i : i + ROW_LANES]
-        for lane in range(ROW_LANES):
-            lanes[lane] = fma(some[lane], others[lane], lanes[lane])
-    for i in range(whole, x.shape[0]):
-        lanes[i - whole] = fma(x[i], y[i], lanes[i - whole])
-    return sum_lanes(lanes)
+ROW_LANES = 64  # of sums over a row
 
 
 @compiled
@@ -104,7 +78,7 @@ def _add_block(values, top, total, weights, lanes):
     for i in range(values.shape[0]):
         weights[i] = exp(values[i] - new_top)
     rescale = exp(top - new_top)
-    return new_top, fma(total, rescale, _sum(weights, lanes)), rescale
+    return new_top, fma(total, rescale, sum_64(weights, lanes)), rescale
 
 
 @compiled
@@ -115,7 +89,7 @@ def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, we
         if first <= targets[row] < first + x.shape[1]:
             chosen[row] = x[row, targets[row] - first]
         top[row], total[row], rescale = _add_block(x[row], top[row], total[row], weights, lanes)
-        weighted[row] = fma(weighted[row], rescale, _sum_products(weights, x[row], lanes))
+        weighted[row] = fma(weighted[row], rescale, dot_64(weights, x[row], lanes))
         log_sum[row] = top[row] + np.log(total[row])
 
 

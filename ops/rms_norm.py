@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ONE, ZERO, compiled, f32, fma, number, plain, readable, share, sum_lanes
+from ops.compiled import ONE, compiled, dot_8, f32, number, plain, readable, share
 from ops.compiled import sigmoid as sigmoid_of
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
@@ -35,24 +35,9 @@ def grouped_rms_norm_gate_reference(x: Tensor, weight: Tensor, gate: Tensor, gro
 
 
 @compiled
-def _mean_square(x, lanes):
-    lanes[:] = ZERO
-    whole = x.shape[0] - x.shape[0] % 8
-    for i in range(0, whole, 8):
-        part = x[i : i + 8]
-        for lane in range(8):
-            value = number(part[lane])
-            lanes[lane] = fma(value, value, lanes[lane])
-    for i in range(whole, x.shape[0]):
-        value = number(x[i])
-        lanes[i - whole] = fma(value, value, lanes[i - whole])
-    return sum_lanes(lanes) / f32(x.shape[0])
-
-
-@compiled
 def norm_scale(x, eps, lanes):
     """1 / rms of a row."""
-    return ONE / np.sqrt(_mean_square(x, lanes) + eps)
+    return ONE / np.sqrt(dot_8(x, x, lanes) / f32(x.shape[0]) + eps)
 
 
 @compiled

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.compiled import compiled, exp, f32, share, sum_lanes
+from ops.compiled import compiled, exp, f32, share, sum_32
 from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
 from ops.log_probs import ROW_LANES, VOCAB_BLOCK, Head, full_log_probs, normalize, per_row
@@ -49,7 +49,6 @@ def sample_reference(log_probs: Tensor, uniform: float) -> int:
 # The CPU path.
 
 
-_LANES = 32  # partial sums of a run
 _WALK = 256  # tokens whose mass is summed before it joins the total: first the run is found, then the token in it
 
 
@@ -75,15 +74,7 @@ def _draw_from(p, uniform, runs, lanes):
     vocabulary, total = p.shape[0], 0.0
     for run in range(runs.shape[0]):
         part = p[run * _WALK : min((run + 1) * _WALK, vocabulary)]
-        lanes[:] = 0.0
-        whole = part.shape[0] - part.shape[0] % _LANES
-        for i in range(0, whole, _LANES):
-            some = part[i : i + _LANES]
-            for lane in range(_LANES):
-                lanes[lane] += some[lane]
-        for i in range(whole, part.shape[0]):
-            lanes[i - whole] += part[i]
-        runs[run] = sum_lanes(lanes)
+        runs[run] = sum_32(part, lanes)
         total += runs[run]
     threshold, before, run = uniform * total, 0.0, 0
     while run < runs.shape[0] - 1 and before + runs[run] <= threshold:
@@ -105,7 +96,7 @@ def _cpu_draw_kernel(begin, end, rows, divisor, limited, temperature, uniform, t
     """Items are rows: logits, which become log-probs here, or if `divisor` [B, 1] is empty log-probs. Drawn is from
     `limited`, or from all if that has no rows."""
     vocabulary = rows.shape[1]
-    runs, lanes, every = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(_LANES), np.empty(vocabulary, f32)
+    runs, lanes, every = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(32), np.empty(vocabulary, f32)
     row_lanes, weights = np.empty(ROW_LANES, f32), np.empty(VOCAB_BLOCK, f32)
     for row in range(begin, end):
         x = rows[row]

@@ -40,7 +40,7 @@ from ops.compiled import (
     score_keys,
     share,
     stored,
-    sum_lanes,
+    sum_8,
 )
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
@@ -90,16 +90,7 @@ def _exponentiate(row, count, segment, lanes):
     for j in range(count):
         row[j] = exp(row[j] - top)
     for begin in range(0, count, segment):
-        end = min(begin + segment, count)
-        lanes[:] = ZERO
-        whole = begin + (end - begin) // 8 * 8
-        for j in range(begin, whole, 8):
-            part = row[j : j + 8]
-            for lane in range(8):
-                lanes[lane] += part[lane]
-        for j in range(whole, end):
-            lanes[j - whole] += row[j]
-        total += sum_lanes(lanes)
+        total += sum_8(row[begin : min(begin + segment, count)], lanes[:8])
     return top, total
 
 
@@ -156,7 +147,7 @@ def _cpu_attention_kernel(
     kv_heads, chunk, dim = values.shape[1:]
     groups = q.shape[1] // kv_heads
     queries, sums, part = np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32)
-    keys_seen, totals, lanes = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, f32), np.empty(8, f32)
+    keys_seen, totals, lanes = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, f32), np.empty(16, f32)
     scores = np.empty((TOGETHER, (tile_chunk.max() + 1) * chunk), f32)
     for item in range(begin, end):
         tile, head = item // kv_heads, item % kv_heads
