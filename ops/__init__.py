@@ -18,6 +18,7 @@ from ops.fp8 import (
     swiglu_quantize,
 )
 from ops.gradients import clip_gradients, gradient_norm, gradient_norm_reference
+from ops.host_memory import keep_freed_memory
 from ops.layout import ChunkLayout
 from ops.linear import fp32_linear, linear, linear_reference, pack_weight
 from ops.linear_attention import DecayTables, LightningCache, lightning_attention, lightning_attention_reference
@@ -67,6 +68,7 @@ __all__ = [
     "grouped_rms_norm_gate_reference",
     "has_openmp",
     "is_fast",
+    "keep_freed_memory",
     "lightning_attention",
     "lightning_attention_reference",
     "linear",

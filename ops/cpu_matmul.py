@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.compiled import compiled, f32, features, number, plain, readable, share, stored
+from ops.compiled import ZERO, compiled, f32, features, number, plain, readable, share, stored
 
 try:
     from llvmlite import ir
@@ -32,8 +32,8 @@ except ImportError:
 COLUMNS = 32  # of W that lie side by side in memory
 DEPTH = 32  # products of a step of tiles; K is padded to a multiple where numbers go in pairs
 _LANES = 16
-_ROW_BLOCK = 128  # rows of x that stay in the cache while a thread walks its columns
-_BLOCK_BYTES = 1 << 18  # of W, likewise
+_STRIP, _HEIGHT = 128, 32  # most rows of a strip, and what they are a multiple of
+_BLOCK_BYTES = 1 << 18  # of W, that stay in the cache while rows pass by
 _SPEED = 16  # times that of other kernels, for `share`
 _REQUEST_PERMISSION, _ARCH_PRCTL, _TILE_DATA = 0x1023, 158, 18  # of Linux on x86-64
 
@@ -222,13 +222,38 @@ def _store(sums, rows, y, row, column):
                 target[i] = stored(result[i], y)
 
 
+# The rows of a group are cut into strips of equal length, which stay in the cache while a thread walks columns. Units
+# of work are blocks of columns of y, strip by strip, so threads get rows of their own as soon as there are strips
+# enough.
+
+
 @compiled
-def _longest(bounds, blocks, begin, end):
-    """Rows of the largest group that items begin .. end - 1 meet."""
-    longest = 0
-    for group in range(begin // blocks, (end + blocks - 1) // blocks):
-        longest = max(longest, bounds[group + 1] - bounds[group])
-    return longest
+def _strips(rows):
+    return (rows + _STRIP - 1) // _STRIP
+
+
+@compiled
+def _units_of(begin, end, items, bounds, blocks):
+    """The units between begin / items and end / items of all, as there may be fewer than the caller could know of."""
+    strips = 0
+    for group in range(len(bounds) - 1):
+        strips += _strips(bounds[group + 1] - bounds[group])
+    return strips * blocks * begin // items, strips * blocks * end // items
+
+
+@compiled
+def _strip(number, bounds):
+    """The group that strip `number` belongs to, its first row and the one behind its last."""
+    for group in range(len(bounds) - 1):
+        rows = bounds[group + 1] - bounds[group]
+        strips = _strips(rows)
+        if number < strips:
+            height = (rows + strips - 1) // strips
+            height = (height + _HEIGHT - 1) // _HEIGHT * _HEIGHT
+            first = min(bounds[group] + number * height, bounds[group + 1])
+            return group, first, min(first + height, bounds[group + 1])
+        number -= strips
+    return 0, 0, 0
 
 
 @compiled
@@ -246,118 +271,131 @@ def _round_rows(x, first, last, halves):
             target[k] = stored(number(source[k]), halves)
 
 
-# Items are blocks of columns of y, group by group: rows bounds[g] .. bounds[g + 1] - 1 of x [M, K] have weight g.
+# In all three x is [M, K], and rows bounds[g] .. bounds[g + 1] - 1 of it have weight g.
 
 
 @compiled
-def _numbers_kernel(begin, end, x, packed, bounds, y):
+def _numbers_kernel(begin, end, items, x, packed, bounds, y):
     """packed [blocks of all groups, K, COLUMNS]"""
     blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
-    sums = np.empty((_TILE_ROWS, COLUMNS), f32)
-    wide = _together(packed)
-    for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
-        item = begin
-        while item < end:
-            group = item // blocks
-            first, last, stop = bounds[group] + top, bounds[group + 1], min(item + wide, end, (group + 1) * blocks)
-            last = min(first + _ROW_BLOCK, last)
+    sums, wide = np.empty((_TILE_ROWS, COLUMNS), f32), _together(packed)
+    unit, last_unit = _units_of(begin, end, items, bounds, blocks)
+    while unit < last_unit:
+        group, first, last = _strip(unit // blocks, bounds)
+        block, stop = unit % blocks, min(blocks, unit % blocks + last_unit - unit)
+        unit += stop - block
+        for some in range(block, stop, wide):
             for row in range(first, last, _TILE_ROWS):
                 rows = min(_TILE_ROWS, last - row)
-                for each in range(item, stop):
+                for each in range(some, min(some + wide, stop)):
                     for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
-                        at = each * terms * COLUMNS + column
+                        at = (group * blocks + each) * terms * COLUMNS + column
                         _multiply_vectors(x, row * terms, terms, rows, packed, at, terms, sums, column)
-                    _store(sums, rows, y, row, each % blocks * COLUMNS)
-            item = stop
+                    _store(sums, rows, y, row, each * COLUMNS)
 
 
 @compiled
-def _pairs_kernel(begin, end, x, packed, bounds, y):
+def _pairs_kernel(begin, end, items, x, packed, bounds, y):
     """packed [blocks of all groups, K' / 2, COLUMNS] pairs"""
     blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
-    halves, rounded_from = np.zeros((_ROW_BLOCK, 2 * terms), np.int16), -1
-    pairs, sums = halves.view(np.int32), np.empty((_TILE_ROWS, COLUMNS), f32)
-    wide = _together(packed)
-    for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
-        item = begin
-        while item < end:
-            group = item // blocks
-            first, last, stop = bounds[group] + top, bounds[group + 1], min(item + wide, end, (group + 1) * blocks)
-            last = min(first + _ROW_BLOCK, last)
-            if first < last and first != rounded_from:
-                _round_rows(x, first, last, halves)
-                rounded_from = first
+    sums, wide = np.empty((_TILE_ROWS, COLUMNS), f32), _together(packed)
+    halves = np.zeros((_STRIP, 2 * terms), np.int16)
+    pairs = halves.view(np.int32)
+    unit, last_unit = _units_of(begin, end, items, bounds, blocks)
+    while unit < last_unit:
+        group, first, last = _strip(unit // blocks, bounds)
+        block, stop = unit % blocks, min(blocks, unit % blocks + last_unit - unit)
+        unit += stop - block
+        _round_rows(x, first, last, halves)
+        for some in range(block, stop, wide):
             for row in range(first, last, _TILE_ROWS):
                 rows = min(_TILE_ROWS, last - row)
-                for each in range(item, stop):
+                for each in range(some, min(some + wide, stop)):
                     for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
-                        at = each * terms * COLUMNS + column
+                        at = (group * blocks + each) * terms * COLUMNS + column
                         _multiply_vectors(pairs, (row - first) * terms, terms, rows, packed, at, terms, sums, column)
-                    _store(sums, rows, y, row, each % blocks * COLUMNS)
-            item = stop
+                    _store(sums, rows, y, row, each * COLUMNS)
 
 
 @compiled
-def _tiles_kernel(begin, end, x, packed, bounds, y):
+def _tiles_kernel(begin, end, items, x, packed, bounds, y):
     """packed [blocks of all groups, K' / 2, COLUMNS] pairs"""
     blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
-    halves, rounded_from = np.zeros((_ROW_BLOCK, 2 * terms), np.int16), -1
     steps, stride, size = 2 * terms // DEPTH, 4 * terms, 4 * terms * COLUMNS
-    sums = np.empty((_TILE_SIDE, COLUMNS), f32)
-    for top in range(0, _longest(bounds, blocks, begin, end), _ROW_BLOCK):
-        for item in range(begin, end):
-            block, first, last = item % blocks, bounds[item // blocks] + top, bounds[item // blocks + 1]
-            last = min(first + _ROW_BLOCK, last)
-            if first < last and first != rounded_from:
-                _round_rows(x, first, last, halves)
-                rounded_from = first
+    sums, halves = np.empty((_TILE_SIDE, COLUMNS), f32), np.zeros((_STRIP, 2 * terms), np.int16)
+    unit, last_unit = _units_of(begin, end, items, bounds, blocks)
+    while unit < last_unit:
+        group, first, last = _strip(unit // blocks, bounds)
+        block, stop = unit % blocks, min(blocks, unit % blocks + last_unit - unit)
+        unit += stop - block
+        _round_rows(x, first, last, halves)
+        for each in range(block, stop):
             for row in range(first, last, _TILE_SIDE):
-                _multiply_tiles(halves, (row - first) * stride, stride, packed, item * size, steps, sums)
-                _store(sums, min(_TILE_SIDE, last - row), y, row, block * COLUMNS)
+                at = (group * blocks + each) * size
+                _multiply_tiles(halves, (row - first) * stride, stride, packed, at, steps, sums)
+                _store(sums, min(_TILE_SIDE, last - row), y, row, each * COLUMNS)
 
 
-# Items are blocks of columns; packed [blocks, K / 2, COLUMNS, 2] or [blocks, K, COLUMNS], zero where W has ended.
+# Items are blocks of columns, of W [E, N, K] or transposed [E, K, N] one weight after another, to packed
+# [E * blocks, K, COLUMNS] or, in pairs, [E * blocks, K' / 2, COLUMNS]; zero where W has ended.
 
 
 @compiled
-def _pack_pairs_kernel(begin, end, weight, packed):
-    """weight [N, K]"""
-    for block in range(begin, end):
-        for column in range(min(COLUMNS, weight.shape[0] - block * COLUMNS)):
-            row = weight[block * COLUMNS + column]
+def _pair(low, high, halves):
+    """Two numbers as BF16 in one word, the first in its lower half."""
+    return (np.int32(stored(number(high), halves)) << np.int32(16)) | (
+        np.int32(stored(number(low), halves)) & np.int32(0xFFFF)
+    )
+
+
+@compiled
+def _pack_pairs_kernel(begin, end, weight, blocks, packed):
+    halves, terms = np.empty(0, np.int16), weight.shape[2]
+    for item in range(begin, end):
+        group, first = item // blocks, item % blocks * COLUMNS
+        for column in range(min(COLUMNS, weight.shape[1] - first)):
+            row, target = weight[group, first + column], packed[item]
+            for k in range(terms // 2):
+                target[k, column] = _pair(row[2 * k], row[2 * k + 1], halves)
+            if terms % 2:
+                target[terms // 2, column] = _pair(row[terms - 1], ZERO, halves)
+
+
+@compiled
+def _pack_numbers_kernel(begin, end, weight, blocks, packed):
+    for item in range(begin, end):
+        group, first = item // blocks, item % blocks * COLUMNS
+        for column in range(min(COLUMNS, weight.shape[1] - first)):
+            row, target = weight[group, first + column], packed[item]
             for k in range(row.shape[0]):
-                packed[block, k // 2, column, k % 2] = stored(number(row[k]), packed)
+                target[k, column] = stored(number(row[k]), packed)
 
 
 @compiled
-def _pack_numbers_kernel(begin, end, weight, packed):
-    """weight [N, K]"""
-    for block in range(begin, end):
-        for column in range(min(COLUMNS, weight.shape[0] - block * COLUMNS)):
-            row = weight[block * COLUMNS + column]
-            for k in range(row.shape[0]):
-                packed[block, k, column] = stored(number(row[k]), packed)
+def _pack_transposed_pairs_kernel(begin, end, weight, blocks, packed):
+    halves, terms = np.empty(0, np.int16), weight.shape[1]
+    for item in range(begin, end):
+        group, first = item // blocks, item % blocks * COLUMNS
+        last = min(first + COLUMNS, weight.shape[2])
+        for k in range(terms // 2):
+            low, high = weight[group, 2 * k, first:last], weight[group, 2 * k + 1, first:last]
+            target = packed[item, k]
+            for column in range(low.shape[0]):
+                target[column] = _pair(low[column], high[column], halves)
+        if terms % 2:
+            low, target = weight[group, terms - 1, first:last], packed[item, terms // 2]
+            for column in range(low.shape[0]):
+                target[column] = _pair(low[column], ZERO, halves)
 
 
 @compiled
-def _pack_transposed_pairs_kernel(begin, end, weight, packed):
-    """weight [K, N]"""
-    for block in range(begin, end):
-        first, last = block * COLUMNS, min((block + 1) * COLUMNS, weight.shape[1])
-        for k in range(weight.shape[0]):
-            source, target = weight[k, first:last], packed[block, k // 2]
-            for column in range(last - first):
-                target[column, k % 2] = stored(number(source[column]), packed)
-
-
-@compiled
-def _pack_transposed_numbers_kernel(begin, end, weight, packed):
-    """weight [K, N]"""
-    for block in range(begin, end):
-        first, last = block * COLUMNS, min((block + 1) * COLUMNS, weight.shape[1])
-        for k in range(weight.shape[0]):
-            source, target = weight[k, first:last], packed[block, k]
-            for column in range(last - first):
+def _pack_transposed_numbers_kernel(begin, end, weight, blocks, packed):
+    for item in range(begin, end):
+        group, first = item // blocks, item % blocks * COLUMNS
+        last = min(first + COLUMNS, weight.shape[2])
+        for k in range(weight.shape[1]):
+            source, target = weight[group, k, first:last], packed[item, k]
+            for column in range(source.shape[0]):
                 target[column] = stored(number(source[column]), packed)
 
 
@@ -367,17 +405,15 @@ def pack(weight: Tensor, dtype: torch.dtype, pairs: bool, transposed: bool = Fal
     *outer, rows, columns = weight.shape
     width, terms = (columns, rows) if transposed else (rows, columns)
     blocks = -(-width // COLUMNS)
-    shape = (-(-terms // DEPTH) * DEPTH // 2, COLUMNS, 2) if pairs else (terms, COLUMNS)
-    packed = torch.zeros(*outer, blocks, *shape, dtype=dtype)
-    kernel = {
-        (True, False): _pack_pairs_kernel,
-        (False, False): _pack_numbers_kernel,
-        (True, True): _pack_transposed_pairs_kernel,
-        (False, True): _pack_transposed_numbers_kernel,
-    }[pairs, transposed]
-    matrices = weight.detach().contiguous().view(-1, *weight.shape[-2:])
-    for matrix, target in zip(matrices, packed.view(-1, blocks, *shape), strict=True):
-        share(kernel, blocks, 4 * matrix.numel(), matrix, target)
+    if pairs:
+        kernel = _pack_transposed_pairs_kernel if transposed else _pack_pairs_kernel
+        packed = torch.zeros(*outer, blocks, -(-terms // DEPTH) * DEPTH // 2, COLUMNS, 2, dtype=dtype)
+        target = packed.view(torch.int32).squeeze(-1)
+    else:
+        kernel = _pack_transposed_numbers_kernel if transposed else _pack_numbers_kernel
+        target = packed = torch.zeros(*outer, blocks, terms, COLUMNS, dtype=dtype)
+    target, matrices = target.flatten(0, -3), weight.detach().reshape(-1, rows, columns)
+    share(kernel, len(target), 2 * weight.numel(), readable(matrices), blocks, target)
     return packed
 
 
@@ -395,8 +431,9 @@ def multiply(x: Tensor, packed: Tensor, width: int, out: torch.dtype, bounds: Te
     else:
         kernel, x = _numbers_kernel, plain(x)
     y = torch.empty(len(x), width, dtype=out)
-    blocks = packed.flatten(0, 1)
-    share(kernel, len(blocks), 2 * len(x) * width * x.shape[1] // _SPEED, x, blocks, bounds, y)
+    items = (len(x) // _STRIP + len(packed)) * packed.shape[1]  # as many units as there may be
+    operations = 2 * len(x) * width * x.shape[1] // _SPEED
+    share(kernel, items, operations, items, x, packed.flatten(0, 1), bounds, y)
     return y
 
 

@@ -45,6 +45,8 @@ class Engine:
     def __init__(
         self, policy: Policy, config: RolloutConfig, policy_version: int = 0, decode: Decode | None = None
     ) -> None:
+        if policy.device.type == "cpu":
+            ops.keep_freed_memory()
         self.policy, self.config, self.decode = policy, config, decode
         self.device, self.chunk_size = policy.device, policy.config.chunk_size
         self.budget = Budget.of(policy, config)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ops import ChunkLayout, clip_gradients, gradient_norm
+from ops import ChunkLayout, clip_gradients, gradient_norm, keep_freed_memory
 from policy.config import PolicyConfig
 from policy.routing import Routing
 from policy.transformer import Policy
@@ -76,6 +76,8 @@ class Trainer:
     def __init__(
         self, policy: Policy, config: TrainerConfig, temperature: float, schedule: Schedule | None = None
     ) -> None:
+        if policy.device.type == "cpu":
+            keep_freed_memory()
         self.policy = policy
         self.config = config
         self.temperature = temperature
