@@ -1,35 +1,38 @@
 """Where a step of the local engine goes, beside what the machine needs for its arithmetic and memory traffic alone.
 
-    products    matrix products of the layers. Limit: the same by torch alone, in the type that the CPU multiplies
-    attention   softmax and lightning. Limit: bytes of keys, values and states it reads / bandwidth
-    elementwise norms, rotation, SwiGLU, router. No limit worth stating: the operands lie in the cache
-    head, draw  LM head in FP32, log-probs, draw. Limit: the FP32 product by torch alone
-    rest        the network's and the engine's own Python
+    products     matrix products of the layers. Limit: at the rate of a large product
+    attention    softmax and lightning. Limit: bytes of keys, values and states it reads / bandwidth
+    elementwise  norms, rotation, SwiGLU, router, casts. No limit worth stating: the operands lie in the cache
+    head, draw   LM head in FP32, log-probs, draw. Limit: the FP32 product at the rate of a large one
+    prompts      steps that compute prompts, and the first of a batch size, which is recorded
+    rest         the engine's own Python
 
-Limits are measured where they are used: operators are small, and no peak of a large product speaks for them.
+Decode steps are replayed from recordings (`ops.Recording`), whose calls are timed one by one.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import ops
 from policy.cache import CachePools
 from policy.transformer import Linear, Policy
 
+# The part of each module whose kernels a step calls; what torch computes itself is elementwise.
 PARTS = {
-    "products": ("linear", "fp32_linear", "experts"),
-    "attention": ("softmax_attention", "lightning_attention"),
-    "elementwise": ("rms_norm", "add_rms_norm", "grouped_rms_norm_gate", "qk_norm_rope", "swiglu", "route"),
-    "head, draw": ("sample",),
+    "ops.cpu_matmul": "products",
+    "ops.softmax_attention": "attention",
+    "ops.linear_attention": "attention",
 }
+NAMES = ("products", "attention", "elementwise", "head, draw", "prompts")
 BANDWIDTH_BYTES = 1 << 28  # read at once; more than any cache holds
+PEAK_SHAPE = (2048, 1024, 1024)  # rows, in and out features
 
 
 def take_apart(policy: Policy, generate: Callable[[], float], batch: int) -> dict[str, Any]:
@@ -38,10 +41,15 @@ def take_apart(policy: Policy, generate: Callable[[], float], batch: int) -> dic
     with timed(policy) as seconds:
         total = generate()
     steps = seconds.pop("steps")
-    parts = {name: 1e3 * seconds[name] / steps for name in PARTS}
+    parts = {name: 1e3 * seconds[name] / steps for name in NAMES}
     parts["rest"] = 1e3 * total / steps - sum(parts.values())
     bandwidth = read_bandwidth()
-    limits = {"products": 1e3 * layer_products(policy, batch), "head, draw": 1e3 * head_product(policy, batch)}
+    head = policy.lm_head.numel()
+    layers = sum(m.weight.numel() for m in policy.modules() if isinstance(m, Linear)) + expert_weights(policy)
+    limits = {
+        "products": 2e3 * batch * layers / peak(policy.dtype),
+        "head, draw": 2e3 * batch * head / peak(torch.float32),
+    }
     memory = {
         "weights": 1e3 * weight_bytes(policy) / bandwidth,
         "attention": 1e3 * batch * bytes_per_sequence(policy) / bandwidth,
@@ -53,57 +61,49 @@ def take_apart(policy: Policy, generate: Callable[[], float], batch: int) -> dic
 def timed(policy: Policy) -> Iterator[dict[str, float]]:
     """Seconds by part while it lasts, and "steps": forwards of the policy."""
     seconds: dict[str, float] = defaultdict(float)
-    depth = 0
+    replay, sample, forward = ops.Recording.replay, ops.sample, policy.forward
 
-    def watch(function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            nonlocal depth
-            start, depth = time.perf_counter(), depth + 1
+    def replay_timed(recording: ops.Recording) -> None:
+        seconds["steps"] += 1
+        for call in recording.calls:
+            start = time.perf_counter()
+            call()
+            seconds[PARTS.get(call.func.__module__, "elementwise")] += time.perf_counter() - start
+
+    def timing(part: str, function: Callable[..., Any], steps: int) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                depth -= 1
-                if not depth:
-                    seconds[part] += time.perf_counter() - start
+                seconds[part] += time.perf_counter() - start
+                seconds["steps"] += steps
 
-        return watched
+        return run
 
-    def count(*_: Any) -> None:
-        seconds["steps"] += 1
-
-    hook = policy.register_forward_hook(count)
-    originals = {name: getattr(ops, name) for names in PARTS.values() for name in names}
-    for part, names in PARTS.items():
-        for name in names:
-            setattr(ops, name, watch(originals[name], part))
+    ops.Recording.replay, ops.sample = replay_timed, timing("head, draw", sample, 0)  # type: ignore[method-assign]
+    policy.forward = timing("prompts", forward, 1)  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        hook.remove()
-        for name, function in originals.items():
-            setattr(ops, name, function)
+        ops.Recording.replay, ops.sample = replay, sample  # type: ignore[method-assign]
+        del policy.forward
 
 
-def layer_products(policy: Policy, rows: int) -> float:
-    """Seconds of all products of the layers with `rows` rows, by torch alone; of experts those that a token meets, as
-    one dense product each."""
-    shapes = Counter((m.weight.shape[0], m.weight.shape[1]) for m in policy.modules() if isinstance(m, Linear))
-    chosen = policy.config.num_experts_per_tok
-    for name, weight in policy.named_parameters():
-        if weight.ndim == 3:
-            assert name.endswith(("gate_up", "down"))
-            shapes[weight.shape[1], weight.shape[2]] += chosen
-    return sum(count * product_seconds(rows, n, k, policy.dtype) for (n, k), count in shapes.items())
+def expert_weights(policy: Policy) -> int:
+    """Numbers in the experts that one token meets."""
+    chosen, experts = policy.config.num_experts_per_tok, max(1, policy.config.num_experts)
+    return sum(weight.numel() for weight in policy.parameters() if weight.ndim == 3) * chosen // experts
 
 
-def head_product(policy: Policy, rows: int) -> float:
-    return product_seconds(rows, len(policy.lm_head), policy.config.hidden_size, torch.float32)
-
-
+@cache
 @torch.no_grad()
-def product_seconds(rows: int, out_features: int, in_features: int, dtype: torch.dtype) -> float:
-    x, weight = torch.randn(rows, in_features, dtype=dtype), torch.randn(out_features, in_features, dtype=dtype)
-    return _median_seconds(lambda: F.linear(x, weight))
+def peak(dtype: torch.dtype) -> float:
+    """Operations per second of a large product."""
+    rows, inner, outer = PEAK_SHAPE
+    x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
+    packed = ops.pack_weight(weight, dtype)
+    return 2 * rows * inner * outer / _median_seconds(lambda: ops.linear(x, weight, dtype, packed=packed))
 
 
 def read_bandwidth() -> float:
@@ -118,9 +118,8 @@ def weight_bytes(policy: Policy) -> int:
 
 def bytes_per_sequence(policy: Policy) -> int:
     """What a decoded token reads: states and open chunks, and of keys and values the two blocks that 96 tokens fill."""
-    return CachePools.bytes_per_slot(policy.config, policy.dtype) + 2 * CachePools.bytes_per_block(
-        policy.config, policy.dtype
-    )
+    config, dtype = policy.config, policy.dtype
+    return CachePools.bytes_per_slot(config, dtype) + 2 * CachePools.bytes_per_block(config, dtype)
 
 
 def _median_seconds(run: Callable[[], object], repeats: int = 20) -> float:

@@ -102,7 +102,7 @@ _watchers = threading.local()
 
 
 @contextmanager
-def watching(watch: Callable[[Callable[[], None]], object]) -> Iterator[None]:
+def watching(watch: Callable[[partial[None]], object]) -> Iterator[None]:
     """Tells `watch` of every kernel's call that this thread makes."""
     _watchers.watch = watch
     try:

@@ -27,20 +27,20 @@ class Recording:
     """compute: what is recorded; it runs once. Raises RuntimeError where its course depends on numbers in tensors."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
-        self._calls: list[Callable[[], Any]] = []
-        with watching(self._calls.append), _TorchCalls(self._calls):
+        self.calls: list[partial[Any]] = []
+        with watching(self.calls.append), _TorchCalls(self.calls):
             self.result = compute()
 
     def replay(self) -> None:
         """Computes the result anew, in the same memory."""
-        for call in self._calls:
+        for call in self.calls:
             call()
 
 
 class _TorchCalls(TorchDispatchMode):
     """Appends to `calls` what torch computes. Views and new memory are there already when it is replayed."""
 
-    def __init__(self, calls: list[Callable[[], Any]]) -> None:
+    def __init__(self, calls: list[partial[Any]]) -> None:
         super().__init__()
         self._calls = calls
 

@@ -10,7 +10,7 @@ import torch
 
 import ops
 from benchmarks import common, decode_step, engine, group, long_context, record, trainer
-from ops.linear import linear
+from ops.sampling import sample
 from policy.config import PolicyConfig
 from policy.transformer import Policy
 
@@ -98,11 +98,11 @@ def test_the_compared_networks_have_equal_widths() -> None:
 
 def test_a_step_is_taken_apart_into_all_of_its_time() -> None:
     load = engine.Load(batch=2, prompt=3, new_tokens=4)
-    side = engine.LockstepSide(engine.build(TINY, torch.float32), load)
+    side, replay = engine.LockstepSide(engine.build(TINY, torch.float32), load), ops.Recording.replay
     step = decode_step.take_apart(side.policy, side.generate, load.batch)
     assert step["steps"] == 4
+    assert ops.Recording.replay is replay and ops.sample is sample  # what was watched is itself again
     assert all(ms > 0 for ms in {**step["parts"], **step["limits"], **step["memory"]}.values())
-    assert ops.linear is linear  # what was watched is itself again
 
 
 def test_long_context_compares_siblings_of_equal_width() -> None:
