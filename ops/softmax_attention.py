@@ -122,9 +122,7 @@ def _append(key, value, row, keys, values):
     width = keys.shape[2]
     panel, target = keys[row // width], values[row]
     for d in range(key.shape[0]):
-        panel[d, row % width] = stored(number(key[d]), keys)
-    for d in range(key.shape[0]):
-        target[d] = stored(number(value[d]), values)
+        panel[d, row % width], target[d] = stored(number(key[d]), keys), stored(number(value[d]), values)
 
 
 @compiled
@@ -204,9 +202,8 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[
 
 
 def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
-    q, k, v, out, log_sum = saved
-    q, k, grad, out = (layout.into_tiles(x) for x in (q.float() * q.shape[-1] ** -0.5, k.float(), grad, out))
-    v = v.float()
+    q, k, v, out, log_sum = (x.float() for x in saved)
+    q, k, grad, out = (layout.into_tiles(x) for x in (q * q.shape[-1] ** -0.5, k, grad, out))
     log_sum = layout.into_tiles(log_sum.unsqueeze(-1))
     mean = (grad * out).sum(-1, keepdim=True)
     grads = torch.zeros_like(q), torch.zeros_like(v), torch.zeros_like(v)

@@ -26,7 +26,7 @@ class RolloutConfig(BaseModel):
     speculative_tokens: int = Field(
         0, ge=0, le=15, description="Tokens drafted by looking up what followed the last ones before; moves no bit."
     )
-    decode_graphs: bool = Field(True, description="Replay recorded decode steps on a GPU; moves no bit.")
+    decode_graphs: bool = Field(True, description="Record decode steps and replay them; moves no bit.")
     max_new_tokens: int = Field(96, ge=1, description="Longest completion, in tokens; longer ones are truncated.")
     temperature: float = Field(
         1.0, gt=0, allow_inf_nan=False, description="Divides the logits, in the engine and in the trainer alike."
