@@ -45,7 +45,7 @@ class DecodeGraphs:
         self.policy, self.pools, self.capture = policy, pools, capture
         self.spare_slot, self.spare_block, self.table_width = spare_slot, spare_block, table_width
         self._on_cpu = policy.device.type == "cpu"
-        self.sizes = padded_sizes(max_batch, CPU_STEP if self._on_cpu else 0)
+        self.sizes = padded_sizes(max_batch, CPU_STEP if capture and self._on_cpu else 0)
         self._steps: dict[int, _Step] = {}  # the one used last at the end
         self._parameters = list(policy.parameters())
         self._weights = self._versions()
