@@ -5,7 +5,7 @@
 ENGINE is local, vllm, vllm-aligned (our operators inside vLLM) or sglang, each in an environment that has it; the one
 with SGLang may be another, whose Python LOCKSTEP_SGLANG_PYTHON names. Every engine samples at temperature 1 from the
 same policies: 32 prompts of 5 to 200 tokens, up to 64 new tokens each, random weights with logits of a standard
-deviation near 3. The trainer then computes the same tokens in the same dtype.
+deviation near 1. The trainer then computes the same tokens in the same dtype.
 
 diff: |trainer - engine| of the sampled token's log-prob: mean, p99, largest. top1: share of positions at which both
 find the same token most likely. unequal: sampled tokens of which any bit differs. The rows of an engine replace those
