@@ -62,6 +62,7 @@ def _linear(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if packed is not None and not torch.is_grad_enabled() and choose("linear", x) is Path.CPU:
+        rows = rows if _in_pairs(precision) else rows.to(precision)  # a product in pairs rounds its rows itself
         y = cpu_matmul.multiply(rows, packed, weight.shape[0], precision)
     else:
         y = apply(_Linear, rows, weight, dtype, precision, rounded, packed)

@@ -90,10 +90,15 @@ def test_matmul(dtype: torch.dtype, rows: int, terms: int, width: int) -> None:
     assert bool(((y - a.double() @ b.double()).abs() <= _bound(a, b.t())).all())
 
 
+@pytest.mark.parametrize("units", [True, False], ids=["what this CPU has", "no BF16 units"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_a_packed_weight_gives_the_same_layer(dtype: torch.dtype) -> None:
+def test_a_packed_weight_gives_the_same_layer(dtype: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not units:
+        monkeypatch.setattr(cpu_matmul, "has_pairs", lambda: False)
     x, weight, experts = torch.randn(9, 70), torch.randn(50, 70), torch.randn(3, 2 * 33, 70)
     packed = ops.pack_weight(weight, dtype)
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, weight, dtype, packed=packed), ops.linear(x, weight, dtype))
     assert torch.equal(ops.linear(x, weight, dtype, packed=packed), ops.linear(x, weight, dtype))
     packed = ops.pack_weight(weight, dtype, fp32_rows=True)
     assert torch.equal(ops.fp32_linear(x, weight, dtype, packed), ops.fp32_linear(x, weight, dtype))
