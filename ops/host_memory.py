@@ -9,11 +9,10 @@ _PAD = 2**26
 
 
 @cache
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Asks the C library not to give freed blocks of up to 32 MiB back to the system, which would hand them out again
-    page by page: that takes longer than the operators that write them. Returns whether it listened (glibc does)."""
+    page by page: that takes longer than the operators that write them. glibc listens; others are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    wanted = {_MMAP_THRESHOLD: _LARGEST_KEPT, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: _PAD}
-    return all([mallopt(name, value) == 1 for name, value in wanted.items()])
+    if mallopt is not None:
+        for name, value in ((_MMAP_THRESHOLD, _LARGEST_KEPT), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, _PAD)):
+            mallopt(name, value)

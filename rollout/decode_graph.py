@@ -20,6 +20,9 @@ from policy.transformer import Policy
 
 LARGEST_STEP = 32  # rows between two padded sizes, from there on
 CPU_STEP = 8  # rows that a CPU's product takes together
+# Sizes come and go with every version of the weights. A recording takes as much longer than a plain step as some four
+# replays save (3 to 6, by policy and batch); what it reads that is made of the weights is there by then.
+PLAIN_STEPS = 4
 CPU_STEPS_KEPT = 4  # recordings; each has memory of its own for all that lies between its kernels
 
 
@@ -63,8 +66,8 @@ class DecodeGraphs:
             if self._on_cpu and len(self._steps) == CPU_STEPS_KEPT:
                 del self._steps[next(iter(self._steps))]
             step = _Step(self, size)
-            if self.capture:
-                step.record()
+            if self.capture and not self._on_cpu:
+                step.capture()
         self._steps[size] = step
         step.fill(ids, slots, block_table, positions)
         return step.forward()[: len(ids)]
@@ -91,6 +94,7 @@ class _Step:
         self.positions = np.zeros(size, dtype=np.int64)
         self.hidden: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | ops.Recording | None = None
+        self.plain = 0  # steps so far that were not replayed
 
     def fill(self, ids: np.ndarray, slots: np.ndarray, block_table: np.ndarray, positions: np.ndarray) -> None:
         self.ids.put(ids)
@@ -100,9 +104,15 @@ class _Step:
         self.layout.move(self.positions)
 
     def forward(self) -> Tensor:
-        if self.graph is None or self.hidden is None:
+        """On a CPU a size is recorded while it computes, when it has come up so often that it will pay."""
+        if self.graph is not None and self.hidden is not None:
+            self.graph.replay()
+            return self.hidden
+        self.plain += 1
+        if not self.graphs.capture or self.plain <= PLAIN_STEPS:
             return self._compute()
-        self.graph.replay()
+        self.graph = ops.Recording(self._compute)
+        self.hidden = self.graph.result
         return self.hidden
 
     def _compute(self) -> Tensor:
@@ -110,16 +120,10 @@ class _Step:
         hidden: Tensor = self.graphs.policy(self.ids.tensor, self.layout, view)
         return hidden
 
-    def record(self) -> None:
-        """A first run compiles the kernels, and makes of the weights what they read. Only spare rows take part in it: a
-        state would advance twice."""
+    def capture(self) -> None:
+        """On a GPU. A first run compiles the kernels. Only spare rows take part in it: a state would advance twice."""
         none = np.zeros(0, dtype=np.int64)
         self.fill(none, none, none.reshape(0, 0), none)
-        if self.graphs._on_cpu:
-            self._compute()
-            self.graph = ops.Recording(self._compute)
-            self.hidden = self.graph.result
-            return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
