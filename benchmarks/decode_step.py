@@ -3,7 +3,7 @@
     products     matrix products of the layers. Limit: at the rate of a large product
     attention    softmax and lightning. Limit: bytes of keys, values and states it reads / bandwidth
     elementwise  norms, rotation, SwiGLU, router, casts. No limit worth stating: the operands lie in the cache
-    head, draw   LM head in FP32, log-probs, draw. Limit: the FP32 product at the rate of a large one
+    head, draw   LM head, log-probs, draw. Limit: the product at the rate of a large one
     prompts      steps that compute prompts, and the first of a batch size, which is recorded
     rest         the engine's own Python
 
@@ -46,10 +46,8 @@ def take_apart(policy: Policy, generate: Callable[[], float], batch: int) -> dic
     bandwidth = read_bandwidth()
     head = policy.lm_head.numel()
     layers = sum(m.weight.numel() for m in policy.modules() if isinstance(m, Linear)) + expert_weights(policy)
-    limits = {
-        "products": 2e3 * batch * layers / peak(policy.dtype),
-        "head, draw": 2e3 * batch * head / peak(torch.float32),
-    }
+    rate = peak(policy.dtype)
+    limits = {"products": 2e3 * batch * layers / rate, "head, draw": 2e3 * batch * head / rate}
     memory = {
         "weights": 1e3 * weight_bytes(policy) / bandwidth,
         "attention": 1e3 * batch * bytes_per_sequence(policy) / bandwidth,

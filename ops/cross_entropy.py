@@ -4,8 +4,8 @@
 
 Logits exist for a block of rows at a time. While they do, they become their own gradients, w (p - 1[v = target]), which
 are multiplied into those of hidden and W: three matrix products, where `log_probs` and its backward take four (the idea
-of Liger Kernel's fused linear cross-entropy, 2410.10989). hidden FP32 [T, D]; W [V, D] is rounded to the working dtype
-and multiplied in FP32, so a token's part of the loss has the bits of `log_probs`.
+of Liger Kernel's fused linear cross-entropy, 2410.10989). hidden FP32 [T, D], W [V, D] and gradients of logits are
+rounded to the working dtype and multiplied as in `log_probs`, so a token's part of the loss has the same bits.
 """
 
 from typing import Any
@@ -51,10 +51,10 @@ def _cpu_forward(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: T
 def _triton_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, dtype: torch.dtype
 ) -> Gradients:
-    x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
+    x, matrix = lm_head.operands(hidden, weight, dtype)
     losses, ones, scale = torch.empty_like(row_weights), torch.ones_like(row_weights), -row_weights
     grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(matrix, dtype=torch.float32)
-    low, blocks = hidden.to(dtype), _row_blocks(len(hidden), len(matrix))
+    blocks = _row_blocks(len(hidden), len(matrix))
     logits = like(hidden, blocks[0].stop, len(matrix))
     gradients = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
     for rows in blocks:
@@ -62,7 +62,7 @@ def _triton_forward(
         chosen, log_sum, _ = lm_head.statistics(x[rows], matrix, ones[rows], targets[rows], x_rows)
         losses[rows] = log_sum - chosen
         lm_head.gradient_from_logits(x_rows, targets[rows], log_sum, scale[rows], gradient)
-        lm_head.add_gradients(gradient, low[rows], matrix, grad_hidden[rows], grad_head)
+        lm_head.add_gradients(gradient, x[rows], matrix, grad_hidden[rows], grad_head)
     return (row_weights * losses).sum(), grad_hidden, grad_head
 
 

@@ -1,7 +1,7 @@
 """Linear layer: y = x W^T, the operator that carries nearly all of the arithmetic.
 
     linear       operands cast to `dtype` (bfloat16 or float32), accumulated in FP32, y in `dtype`
-    fp32_linear  W rounded to `dtype`, but x, the product and y in FP32: router and LM head (report 5.2.1, design A5)
+    fp32_linear  W rounded to `dtype`, but x, the product and y in FP32: router (report 5.2.1, design A5)
 
 x [..., K] any float dtype, W [N, K] -> y [..., N]. Design A1: row m of y has the same bits for every number of rows,
 by `ops.cpu_matmul` on a CPU and by `ops.matmul` on a GPU.
@@ -21,7 +21,7 @@ from ops.matmul import multiply, weight_gradient
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype, fp32_rows: bool = False) -> Tensor | None:
-    """Weight [..., N, K], for one that stays the same, as `linear` multiplies it, or `fp32_linear` and the LM head if
+    """Weight [..., N, K], for one that stays the same, as `linear` and the LM head multiply it, or `fp32_linear` if
     its rows are FP32; None on a GPU, where it is taken as it is."""
     if weight.is_cuda:
         return None

@@ -7,10 +7,8 @@ the sum of exp(x - largest), and the sum of exp(x - largest) x. `_merge_statisti
 fixed order, so the bits of a row depend neither on the other rows nor on their number. Logits reach memory only where
 a caller has room for them.
 
-FP32 hidden states meet a BF16 weight as a sum of BF16 terms (`ops.tiles`), split once per call: three in forward, which
-keep all 24 bits; two in backward, where a logit is off by 2^-16 of the sum of its |products| at most. Gradients of
-logits are rounded to the type of the operands, and so is hidden in the gradient of W: each term of those two sums is
-off by 2^-8 of itself at most, and they are added up in FP32. With an FP32 weight everything is FP32.
+Both operands are in the working dtype, sums and logits in FP32. Gradients of logits are rounded to the type of the
+operands: each term of the two sums they go into is off by 2^-8 of itself at most, and they are added up in FP32.
 """
 
 import torch
@@ -18,9 +16,8 @@ from torch import Tensor
 
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
 from ops.matmul import multiply, weight_gradient
-from ops.tiles import accumulate, grouped_tile, split_terms
+from ops.tiles import accumulate, grouped_tile
 
-FORWARD_TERMS, BACKWARD_TERMS = 3, 2
 GROUP = 16  # row tiles that walk the vocabulary together, so that both operands stay in the L2 cache
 
 # One tile for training, prefill and decode.
@@ -31,54 +28,35 @@ _TILES = {
 _ELEMENTS = 4096  # that a program of the other kernels holds
 
 
-@jit("rows")
-def _split_kernel(x_ptr, terms_ptr, rows, D: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """x FP32 [rows, D] -> BF16 [rows, TERMS, D], largest terms first."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < rows.to(tl.int64) * D
-    high, middle, low = split_terms(tl.load(x_ptr + at, mask=inside, other=0.0))
-    to = terms_ptr + at // D * (TERMS * D) + at % D
-    tl.store(to, high, mask=inside)
-    tl.store(to + D, middle, mask=inside)
-    if TERMS > 2:
-        tl.store(to + 2 * D, low, mask=inside)
-
-
 @jit()
 def _logits(
     x_ptr, weight_ptr, temperature_ptr, row, column, rows,
-    V: tl.constexpr, D: tl.constexpr, TERMS: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr,
+    V: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """x FP32 [row, column]. Each term has a sum of its own: products that do not wait for one another keep the tensor
-    cores busy (a chain of them into one sum makes Triton wait after each)."""
+    """x FP32 [row, column]"""
     inner = tl.arange(0, BLOCK_D)
-    x_at = x_ptr + row.to(tl.int64)[:, None] * (TERMS * D) + inner[None, :]
+    x_at = x_ptr + row.to(tl.int64)[:, None] * D + inner[None, :]
     weight_at = weight_ptr + column.to(tl.int64)[None, :] * D + inner[:, None]
-    high = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
-    middle, low = high, high
+    x = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
     for k in range(0, D, BLOCK_D):
         deep = inner < D - k
-        here = (row < rows)[:, None] & deep[None, :]
+        hidden = tl.load(x_at + k, mask=(row < rows)[:, None] & deep[None, :], other=0.0)
         weight = tl.load(weight_at + k, mask=deep[:, None] & (column < V)[None, :], other=0.0)
-        if TERMS > 2:
-            low = accumulate(tl.load(x_at + 2 * D + k, mask=here, other=0.0), weight, low, OPERAND)
-        if TERMS > 1:
-            middle = accumulate(tl.load(x_at + D + k, mask=here, other=0.0), weight, middle, OPERAND)
-        high = accumulate(tl.load(x_at + k, mask=here, other=0.0), weight, high, OPERAND)
+        x = accumulate(hidden, weight, x, OPERAND)
     temperature = tl.load(temperature_ptr + row, mask=row < rows, other=1.0)
-    return tl.div_rn((low + middle) + high, temperature[:, None])
+    return tl.div_rn(x, temperature[:, None])
 
 
 @jit("rows")
 def _statistics_kernel(
     x_ptr, weight_ptr, temperature_ptr, target_ptr, logits_ptr, chosen_ptr, top_ptr, total_ptr, weighted_ptr, rows,
-    V: tl.constexpr, D: tl.constexpr, TERMS: tl.constexpr, OPERAND: tl.constexpr, TARGETS: tl.constexpr,
+    V: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr, TARGETS: tl.constexpr,
     KEEP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tile, tile = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
     row = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = _logits(x_ptr, weight_ptr, temperature_ptr, row, column, rows, V, D, TERMS, OPERAND, BLOCK_D)
+    x = _logits(x_ptr, weight_ptr, temperature_ptr, row, column, rows, V, D, OPERAND, BLOCK_D)
     exists, inside = row < rows, (column < V)[None, :]
     if KEEP:
         tl.store(logits_ptr + row.to(tl.int64)[:, None] * V + column[None, :], x, mask=exists[:, None] & inside)
@@ -124,14 +102,14 @@ def _softmax_gradient(x, target, column, log_sum, scale):
 @jit("rows", "first")
 def _recomputed_gradient_kernel(
     x_ptr, weight_ptr, temperature_ptr, target_ptr, log_sum_ptr, scale_ptr, gradient_ptr, rows, first,
-    V: tl.constexpr, D: tl.constexpr, TERMS: tl.constexpr, OPERAND: tl.constexpr,
+    V: tl.constexpr, D: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the logits of V columns, which begin at `first`, [rows, V]."""
     row_tile, tile = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
     row = row_tile * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = _logits(x_ptr, weight_ptr, temperature_ptr, row, column, rows, V, D, TERMS, OPERAND, BLOCK_D)
+    x = _logits(x_ptr, weight_ptr, temperature_ptr, row, column, rows, V, D, OPERAND, BLOCK_D)
     target = tl.load(target_ptr + row, mask=row < rows, other=-1)
     log_sum = tl.load(log_sum_ptr + row, mask=row < rows, other=0.0)
     scale = tl.load(scale_ptr + row, mask=row < rows, other=0.0)
@@ -157,16 +135,9 @@ def _softmax_gradient_kernel(
     tl.store(gradient_ptr + at, _softmax_gradient(x, target, column, log_sum, scale), mask=inside)
 
 
-def operands(hidden: Tensor, weight: Tensor, dtype: torch.dtype, terms: int) -> tuple[Tensor, Tensor]:
-    """hidden FP32 [T, D] as terms [T, terms, D], and W [V, D], in `dtype`; if that is FP32, hidden is its one term."""
-    matrix = aligned(weight.to(dtype))
-    rows, dim = hidden.shape
-    if dtype == torch.float32:
-        return hidden.unsqueeze(1), matrix
-    x = like(hidden, rows, terms, dim, dtype=dtype)
-    programs = divide_up(rows * dim, _ELEMENTS)
-    launch(_split_kernel, (programs,), hidden, x, rows, D=dim, TERMS=terms, BLOCK=_ELEMENTS)
-    return x, matrix
+def operands(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """hidden [T, D] and W [V, D] in `dtype`, as the kernels read them."""
+    return aligned(hidden.to(dtype)), aligned(weight.to(dtype))
 
 
 def statistics(
@@ -176,14 +147,14 @@ def statistics(
 
     -> the logit of each target (undefined without targets), log sum exp of each row, its entropy: FP32 [T].
     """
-    (rows, terms, dim), vocabulary, blocks = x.shape, len(matrix), _TILES[matrix.dtype]
+    (rows, dim), vocabulary, blocks = x.shape, len(matrix), _TILES[matrix.dtype]
     tiles = divide_up(vocabulary, blocks["BLOCK_V"])
     chosen, log_sum, entropy = like(x, rows), like(x, rows), like(x, rows)
     top, total, weighted = like(x, rows, tiles), like(x, rows, tiles), like(x, rows, tiles)
     launch(
         _statistics_kernel, (divide_up(rows, blocks["BLOCK_T"]) * tiles,), x, matrix, temperature,
         chosen if targets is None else targets, chosen if logits is None else logits, chosen, top, total, weighted,
-        rows, V=vocabulary, D=dim, TERMS=terms, OPERAND=triton_dtype(matrix.dtype), TARGETS=targets is not None,
+        rows, V=vocabulary, D=dim, OPERAND=triton_dtype(matrix.dtype), TARGETS=targets is not None,
         KEEP=logits is not None, GROUP=GROUP, **blocks,
     )  # fmt: skip
     block = next_power_of_two(tiles)
@@ -200,11 +171,11 @@ def gradient_from_hidden(
 ) -> Tensor:
     """Gradients of the logits that rows `part` [V', D] of W make, the first of which is row `first`, [T, V'] in its
     dtype. scale FP32 [T, 1]: the gradient of the log-probability, divided by the temperature."""
-    (rows, terms, dim), columns, blocks = x.shape, len(part), _TILES[part.dtype]
+    (rows, dim), columns, blocks = x.shape, len(part), _TILES[part.dtype]
     gradient = like(x, rows, columns, dtype=part.dtype)
     launch(
         _recomputed_gradient_kernel, (divide_up(rows, blocks["BLOCK_T"]) * divide_up(columns, blocks["BLOCK_V"]),), x,
-        part, temperature, targets, log_sum, scale, gradient, rows, first, V=columns, D=dim, TERMS=terms,
+        part, temperature, targets, log_sum, scale, gradient, rows, first, V=columns, D=dim,
         OPERAND=triton_dtype(part.dtype), GROUP=GROUP, **blocks,
     )  # fmt: skip
     return gradient

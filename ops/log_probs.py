@@ -2,10 +2,11 @@
 
     x = hidden W^T / temperature    log_prob(t) = x_t - log sum_v exp x_v    entropy = log sum exp x - sum_v p_v x_v
 
-hidden FP32 [T, D]; W [V, D] is rounded to the working dtype and multiplied in FP32 (report 5.2.1, design A5). The
-vocabulary is taken in fixed blocks merged in a fixed order, so a row's bits do not depend on the batch (A1, A2).
-Backward recomputes; the gradient passes straight through the rounding of W. The engine's sampler and the trainer both
-come here for a token's log-probability (A7).
+hidden FP32 [T, D] and W [V, D] are rounded to the working dtype; products, sums and x are FP32 and never rounded
+(report 5.2.1, whose operator reads BF16 and accumulates in FP32; design A5). The vocabulary is taken in fixed blocks
+merged in a fixed order, so a row's bits do not depend on the batch (A1, A2). Backward recomputes, and rounds gradients
+of x to the working dtype; a gradient passes straight through the rounding of hidden and W. The engine's sampler and the
+trainer both come here for a token's log-probability (A7).
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ from ops.compiled import ONE, ZERO, compiled, dot_64, exp, f32, fma, largest, sh
 from ops.cpu_matmul import COLUMNS
 from ops.dispatch import Path, choose
 from ops.jit import aligned, like
+from ops.linear import pack_weight
 
 ROW_BLOCK = 2048  # rows whose logits exist at once; moves no bit
 _INFINITY = f32(np.inf)
@@ -43,10 +45,13 @@ class Head:
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, packed: Tensor | None = None) -> None:
         self._weight, self._dtype, self._vocabulary = weight, dtype, len(weight)
-        self._packed = cpu_matmul.pack(weight, dtype, pairs=False) if packed is None else packed
+        packed = pack_weight(weight, dtype) if packed is None else packed
+        assert packed is not None, "a head on a GPU met rows on a CPU"
+        self._packed = packed
 
     def blocks(self, hidden: Tensor, temperature: Tensor) -> Iterator[tuple[int, Tensor]]:
         """x by blocks of the vocabulary, each with its first column. temperature [T, 1]."""
+        hidden = hidden.to(self._dtype)
         for first in range(0, self._vocabulary, VOCAB_BLOCK):
             packed = self._packed[first // COLUMNS : (first + VOCAB_BLOCK) // COLUMNS]
             x = cpu_matmul.multiply(hidden, packed, min(VOCAB_BLOCK, self._vocabulary - first), torch.float32)
@@ -54,13 +59,13 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """x [T, V] at temperature 1, in the same bits."""
-        return cpu_matmul.multiply(hidden, self._packed, self._vocabulary, torch.float32)
+        return cpu_matmul.multiply(hidden.to(self._dtype), self._packed, self._vocabulary, torch.float32)
 
     def add_gradients(self, grad_x: Tensor, first: int, hidden: Tensor, grad_hidden: Tensor, grad_head: Tensor) -> None:
         """grad_x [T, V'] of the logits from column `first` on, to FP32 gradients of hidden [T, D] and of W [V, D]."""
-        part = slice(first, first + grad_x.shape[1])
-        grad_hidden += cpu_matmul.matmul(grad_x, self._weight[part].to(self._dtype).float(), torch.float32)
-        grad_head[part] += cpu_matmul.matmul(grad_x.t(), hidden, torch.float32)
+        part, grad_x = slice(first, first + grad_x.shape[1]), grad_x.to(self._dtype)
+        grad_hidden += cpu_matmul.matmul(grad_x, self._weight[part].to(self._dtype), torch.float32)
+        grad_head[part] += cpu_matmul.matmul(grad_x.t(), hidden.to(self._dtype), torch.float32)
 
 
 def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
@@ -170,7 +175,7 @@ GRADIENT_ROWS, GRADIENT_COLUMNS = 4096, 8192
 def _triton_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
+    x, matrix = lm_head.operands(hidden, weight, dtype)
     return lm_head.statistics(x, matrix, temperature, targets)
 
 
@@ -178,10 +183,9 @@ def _triton_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, log_sum: Tensor, grad: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.BACKWARD_TERMS)
+    x, matrix = lm_head.operands(hidden, weight, dtype)
     scale = grad.unsqueeze(1) / temperature
     grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(matrix, dtype=torch.float32)
-    low = hidden.to(dtype)
     for begin in range(0, len(hidden), GRADIENT_ROWS):
         rows = slice(begin, begin + GRADIENT_ROWS)
         for first in range(0, len(matrix), GRADIENT_COLUMNS):
@@ -189,7 +193,7 @@ def _triton_backward(
             gradient = lm_head.gradient_from_hidden(
                 x[rows], matrix[part], temperature[rows], targets[rows], log_sum[rows], scale[rows], first
             )
-            lm_head.add_gradients(gradient, low[rows], matrix[part], grad_hidden[rows], grad_head[part])
+            lm_head.add_gradients(gradient, x[rows], matrix[part], grad_hidden[rows], grad_head[part])
     return grad_hidden, grad_head
 
 
@@ -225,7 +229,8 @@ def log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Temperature, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """targets int64 [T] -> log-probs FP32 [T] (differentiable in hidden and weight), entropy FP32 [T] (in nats, no
-    gradient). dtype: the working dtype, bfloat16 or float32, which W is rounded to."""
+    gradient). dtype: the working dtype, bfloat16 or float32, which both operands
+    are rounded to."""
     result: tuple[Tensor, Tensor] = apply(_LogProbs, hidden, weight, targets, per_row(temperature, hidden), dtype)
     return result
 
@@ -239,7 +244,7 @@ def full_log_probs(
     temperature = aligned(per_row(temperature, hidden))
     if choose("log_probs", hidden) is Path.TRITON:
         logits = like(hidden, len(hidden), len(weight))
-        x, matrix = lm_head.operands(hidden, weight, dtype, lm_head.FORWARD_TERMS)
+        x, matrix = lm_head.operands(hidden, weight, dtype)
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
     x = Head(weight, dtype, packed).logits(hidden)

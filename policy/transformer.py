@@ -274,7 +274,7 @@ class Policy(nn.Module):
         self.word_embeddings = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Block(config, layer, dtype) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self._packed_head = _Kept(_pack_for_fp32)
+        self._packed_head = _Kept(ops.pack_weight)
         head = torch.empty(config.vocab_size, config.hidden_size)
         self.lm_head = self.word_embeddings if config.tie_word_embeddings else nn.Parameter(head)
         stretch = config.rope_scaling.stretch if config.rope_scaling else None

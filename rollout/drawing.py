@@ -66,7 +66,7 @@ def _draw(
         setting(running.top_k),
         setting(running.min_p),
         torch.cat(uniforms).to(hidden.device),
-        policy.lm_head.dtype,  # rounded when the weights were loaded
+        policy.dtype,
         banned,
         policy.packed_head(),
     )

@@ -53,7 +53,7 @@ def _case(
 ) -> Case:  # fmt: skip
     return Case(
         "sampling", name, f"B{rows} D{D} V{V}", _inputs(rows, temperature, top_p), sample,
-        bytes=2.0 * V * D + 4.0 * rows * V, flops=6.0 * rows * V * D, peers=peers, rows=rows_at(rows, 0, 2, 3, 4, 5, 6),
+        bytes=2.0 * V * D + 4.0 * rows * V, flops=2.0 * rows * V * D, peers=peers, rows=rows_at(rows, 0, 2, 3, 4, 5, 6),
     )  # fmt: skip
 
 

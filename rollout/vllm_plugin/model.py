@@ -106,8 +106,8 @@ class SoftmaxModel(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Log-probs FP32 [N, V] at temperature 1, which are logits too: vLLM's mode raw_logits gives them out as they
         are."""
-        head = self.policy.lm_head  # rounded when the weights were loaded
-        return ops.full_log_probs(hidden_states, head, 1.0, head.dtype, self.policy.packed_head())
+        policy = self.policy
+        return ops.full_log_probs(hidden_states, policy.lm_head, 1.0, policy.dtype, policy.packed_head())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """All tensors of the family, in any order, at start-up and in every update. Raises ValueError naming those that

@@ -57,7 +57,7 @@ class AlignedSampler(RecordingSampler):
             setting([each.top_k for each in wanted], torch.int64),
             setting([each.min_p for each in wanted]),
             uniforms(samples).to(hidden.device),
-            self.policy.lm_head.dtype,  # rounded when the weights were loaded
+            self.policy.dtype,
             self._banned(samples, hidden.device),
             self.policy.packed_head(),
         )

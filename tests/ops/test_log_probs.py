@@ -50,13 +50,19 @@ def test_huge_logits_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("vocab_block", [32, 64, 8192])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_against_reference(vocab_block: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With X the largest sum |h w| / temperature, a logit is off by (D + 2) u X and the log of the sum by that plus
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_reference(
+    vocab_block: int, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of operands that are rounded to `dtype` in the reference too.
+
+    With X the largest sum |h w| / temperature, a logit is off by (D + 2) u X and the log of the sum by that plus
     (V + 10) u; p = exp(x - log sum) by e = 2 (D + 2) u X + (V + 10) u of itself. Hence
 
     log-prob   e + 2 u X                           entropy = sum p (log sum - x): e (1 + 2 (X + log V))
     dx = g (1[v = t] - p) / temperature, off by (e + 4 u) |g| (1[v = t] + p) / temperature
-    dh         adds a sum over V, dW one over T: e + (V + 4) u and e + (T + 4) u of the sums of absolute terms
+    dh         adds a sum over V, dW one over T: e + (V + 4) u and e + (T + 4) u of the sums of absolute terms;
+               in BF16 dx is rounded to it first
     """
     monkeypatch.setattr(IMPLEMENTATION, "VOCAB_BLOCK", vocab_block)
     hidden, weight, targets = made(vocabulary=91)
@@ -65,17 +71,19 @@ def test_against_reference(vocab_block: int, temperature: float, monkeypatch: py
     def reference(h: Tensor, w: Tensor) -> Tensor:
         return ops.log_probs_reference(h, w, targets, temperature)[0]
 
-    got = differentiate(lambda h, w: ops.log_probs(h, w, targets, temperature, FP32)[0], (hidden, weight), grad)
+    got = differentiate(lambda h, w: ops.log_probs(h, w, targets, temperature, dtype)[0], (hidden, weight), grad)
+    got_entropy = ops.log_probs(hidden, weight, targets, temperature, dtype)[1]
+    hidden, weight = hidden.to(dtype).float(), weight.to(dtype).float()
     want = differentiate_fp64(reference, (hidden, weight), grad)
     entropy = ops.log_probs_reference(hidden.double(), weight.double(), targets, temperature)[1]
     logits = (hidden.double() @ weight.double().t()) / temperature
     largest = (hidden.abs() @ weight.abs().t()).max().item() / temperature
     error = 2 * (dim + 2) * U * largest + (vocabulary + 10) * U
     assert_within(got.output, want.output, error + 2 * U * largest)
-    got_entropy = ops.log_probs(hidden, weight, targets, temperature, FP32)[1]
     assert_within(got_entropy, entropy, error * (1 + 2 * (largest + math.log(vocabulary))))
     chosen = torch.nn.functional.one_hot(targets, vocabulary)
     logit_grad = grad.abs()[:, None] * (chosen + logits.softmax(-1)) / temperature
+    error += UNIT[BF16] if dtype == BF16 else 0.0
     hidden_bound = (error + (vocabulary + 4) * U) * (logit_grad @ weight.abs().double())
     weight_bound = (error + (tokens + 4) * U) * (logit_grad.t() @ hidden.abs().double())
     assert_within(got.inputs[0], want.inputs[0], hidden_bound)
@@ -116,8 +124,8 @@ def test_gradient_passes_straight_through_the_rounding() -> None:
     hidden, weight, targets = made(vocabulary=91)
     grad = torch.randn(len(hidden))
     master = differentiate(lambda h, w: ops.log_probs(h, w, targets, 0.7, BF16)[0], (hidden, weight), grad)
-    rounded = weight.bfloat16().float()
-    working = differentiate(lambda h, w: ops.log_probs(h, w, targets, 0.7, BF16)[0], (hidden, rounded), grad)
+    rounded = hidden.bfloat16().float(), weight.bfloat16().float()
+    working = differentiate(lambda h, w: ops.log_probs(h, w, targets, 0.7, BF16)[0], rounded, grad)
     assert torch.equal(master.output, working.output)
     assert all(torch.equal(a, b) for a, b in zip(master.inputs, working.inputs, strict=True))
 
