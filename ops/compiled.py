@@ -171,6 +171,7 @@ def readable(x: Tensor) -> Tensor:
     return (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
 
 
+LINE = 64  # bytes of memory that come together
 PANEL = 16  # numbers side by side that `add_panels` takes together
 
 
@@ -235,6 +236,14 @@ if numba is not None:
         wide = builder.zext(builder.load(builder.bitcast(place, halves), align=2), words)
         return builder.bitcast(builder.shl(wide, ir.Constant(words, [16] * count)), floats)
 
+    def prefetch(builder, place):
+        """The line of memory at a pointer comes into the second level of the cache."""
+        word = ir.IntType(32)
+        place = builder.bitcast(place, ir.IntType(8).as_pointer())
+        function = ir.FunctionType(ir.VoidType(), [place.type, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
+        builder.call(function, [place] + [ir.Constant(word, n) for n in (0, 2, 1)])
+
     def _in_lanes(width, products, by_largest=False):
         """lanes[l] takes in x[width i + l], or its product with y there, for i < steps in order; lanes stay in
         registers, which LLVM does not find by itself. x and y FP32 or BF16, lanes [width] FP32, or FP64 for sums."""
@@ -279,17 +288,20 @@ if numba is not None:
         """Of `rows` rows and `count` panels."""
 
         @intrinsic
-        def add(_, weights, weights_at, weights_step, x, x_at, step, panel, out, out_at, out_step, terms):
-            """out[r, PANEL p + i] += weights[r, t] x[x_at + step t + panel p + i] for t < terms in order, x FP32 or
-            BF16; row r of weights and out begins at their place plus r steps. The sums stay in registers, which LLVM
-            does not find by itself."""
+        def add(_, weights, weights_at, weights_step, x, step, panel, out, out_at, out_step, terms, ahead, stride, q):
+            """out[r, PANEL p + i] += weights[r, t] x[step t + panel p + i] for t < terms in order, from panel p = q on,
+            x FP32 or BF16; row r of weights and out begins at their place plus r steps. The sums stay in registers,
+            which LLVM does not find by itself. As many numbers come into the cache, x[ahead + stride t + PANEL p + i].
+            """
 
             def generate(context, builder, signature, args):
                 weights, x, out = (
-                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 3, 7)
+                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 3, 6)
                 )
-                weights_at, weights_step, x_at, step, panel = (args[i] for i in (1, 2, 4, 5, 6))
-                out_at, out_step, terms = args[8:]
+                weights_at, weights_step, step, panel = (args[i] for i in (1, 2, 4, 5))
+                out_at, out_step, terms, ahead, stride, q = args[7:]
+                x_at, before = builder.mul(panel, q), builder.mul(ir.Constant(q.type, PANEL), q)
+                out_at, ahead = builder.add(out_at, before), builder.add(ahead, before)
                 vector, index = ir.VectorType(ir.FloatType(), PANEL), ir.IntType(32)
                 lanes, none = ir.Constant(ir.VectorType(index, PANEL), None), ir.Constant(vector, ir.Undefined)
                 multiply_add = cgutils.get_or_insert_function(
@@ -319,6 +331,9 @@ if numba is not None:
                 with cgutils.for_range(builder, terms) as loop:
                     at = builder.add(x_at, builder.mul(loop.index, step))
                     values = [read_numbers(builder, builder.gep(x, [row(at, panel, p)]), PANEL) for p in range(count)]
+                    later = builder.add(ahead, builder.mul(loop.index, stride))
+                    for n in range(0, PANEL * count, LINE // (4 if x.type.pointee == ir.FloatType() else 2)):
+                        prefetch(builder, builder.gep(x, [builder.add(later, ir.Constant(later.type, n))]))
                     for r, source in enumerate(sources):
                         weight = everywhere(builder.load(builder.gep(source, [loop.index])))
                         for p, value in enumerate(values):
@@ -329,7 +344,7 @@ if numba is not None:
                 return context.get_dummy_value()
 
             i = types.intp
-            return types.void(weights, i, i, x, i, i, i, out, i, i, i), generate
+            return types.void(weights, i, i, x, i, i, out, i, i, i, i, i, i), generate
 
         return add
 
@@ -461,46 +476,50 @@ TOGETHER = 4  # rows that `add_panels` takes at most
 
 
 @compiled
-def add_panels(rows, weights, weights_at, x, step, panel, panels, out, out_at, terms):
+def add_panels(rows, weights, weights_at, x, step, panel, panels, out, out_at, terms, ahead=0):
     """out[r, out_at + PANEL p + i] += sum over t < terms, in order, of weights[r, weights_at + t] times
-    x[step t + panel p + i], for i < PANEL and p < panels, in the first `rows` <= TOGETHER rows."""
-    p, w, o = 0, weights.shape[1], out.shape[1]
+    x[step t + panel p + i], for i < PANEL and p < panels, in the first `rows` <= TOGETHER rows.
+
+    Meanwhile as many numbers come into the cache from x[ahead] on: the machine fetches what follows in memory, but does
+    not know which block is next.
+    """
+    p, w, o, stride = 0, weights.shape[1], out.shape[1], PANEL * panels
     if rows == 4:
         while panels - p >= _WIDE_4:
-            _four_rows(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _four_rows(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += _WIDE_4
         while p < panels:
-            _four_cells(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _four_cells(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += 1
     elif rows == 3:
         while panels - p >= _WIDE_3:
-            _three_rows(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _three_rows(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += _WIDE_3
         while p < panels:
-            _three_cells(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _three_cells(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += 1
     elif rows == 2:
         while panels - p >= _WIDE_2:
-            _two_rows(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _two_rows(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += _WIDE_2
         while p < panels:
-            _two_cells(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _two_cells(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += 1
     elif rows == 1:
         while panels - p >= _WIDE_1:
-            _one_row(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _one_row(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += _WIDE_1
         while p < panels:
-            _one_cell(weights, weights_at, w, x, panel * p, step, panel, out, out_at + PANEL * p, o, terms)
+            _one_cell(weights, weights_at, w, x, step, panel, out, out_at, o, terms, ahead, stride, p)
             p += 1
 
 
 @compiled
-def add_weighted(rows, weights, weights_at, x, count, out):
+def add_weighted(rows, weights, weights_at, x, count, out, ahead=0):
     """out[r] [d] += the weights [r, weights_at + j] times x[j], j < count in order, in `rows` <= TOGETHER rows."""
     width = out.shape[1]
     panels = width // PANEL
-    add_panels(rows, weights, weights_at, x, width, PANEL, panels, out, 0, count)
+    add_panels(rows, weights, weights_at, x, width, PANEL, panels, out, 0, count, ahead)
     for r in range(rows):
         for j in range(count):
             for e in range(panels * PANEL, width):
@@ -519,14 +538,14 @@ def panels_of(keys: Tensor) -> Tensor:
 
 
 @compiled
-def score_keys(rows, queries, keys, count, scores, at):
+def score_keys(rows, queries, keys, count, scores, at, ahead=0):
     """scores[r, at + j] of a query [r, d] with key j < count of a chunk [C / W, d, W], over d in order, in the first
     `rows` <= TOGETHER rows. Behind them the scores are whatever a panel has there."""
     dim, width = keys.shape[1:]
     panels = (count + width - 1) // width
     scores[:rows, at : at + panels * width] = ZERO
     if width == PANEL:
-        add_panels(rows, queries, 0, keys, PANEL, PANEL * dim, panels, scores, at, dim)
+        add_panels(rows, queries, 0, keys, PANEL, PANEL * dim, panels, scores, at, dim, ahead)
     else:
         for r in range(rows):
             for d in range(dim):

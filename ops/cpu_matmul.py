@@ -26,6 +26,8 @@ try:
     from numba import types
     from numba.core import cgutils
     from numba.extending import intrinsic
+
+    from ops.compiled import prefetch
 except ImportError:
     intrinsic = None
 
@@ -87,16 +89,19 @@ if intrinsic is not None:
         return builder.bitcast(data, element.as_pointer()) if element else data
 
     @intrinsic
-    def _multiply_vectors(_, x, x_at, x_stride, rows, weight, weight_at, terms, sums, sums_at):
+    def _multiply_vectors(_, x, x_at, x_stride, rows, weight, weight_at, terms, ahead, ahead_step, sums, sums_at):
         """sums[_TILE_ROWS, COLUMNS] from column sums_at on = sums over `terms` of W's rows, for 1 <= rows <= _TILE_ROWS
         rows of x; whatever in the sums of other rows. x begins at x_at, its rows x_stride apart; packed columns begin
-        at weight_at. Of type int32, both hold pairs of BF16 numbers; else x is FP32 and int16 of W BF16."""
+        at weight_at. Of type int32, both hold pairs of BF16 numbers; else x is FP32 and int16 of W BF16. On the way
+        comes into the cache what of W begins at `ahead`, `ahead_step` numbers for each of the terms."""
 
         def generate(context, builder, signature, args):
             word, half, size = ir.IntType(32), ir.IntType(16), args[1].type
             floats, words = ir.VectorType(ir.FloatType(), _LANES), ir.VectorType(word, _LANES)
-            x, weight, sums = (_pointer(context, builder, signature, args, i) for i in (0, 4, 7))
-            x_at, x_stride, rows, weight_at, terms, sums_at = (args[i] for i in (1, 2, 3, 5, 6, 8))
+            x, weight, sums = (_pointer(context, builder, signature, args, i) for i in (0, 4, 9))
+            x_at, x_stride, rows, weight_at, terms, ahead, ahead_step, sums_at = (
+                args[i] for i in (1, 2, 3, 5, 6, 7, 8, 10)
+            )
             lanes, none = ir.Constant(words, None), ir.Constant(word, 0)
             kind = signature.args[4].dtype
 
@@ -140,6 +145,8 @@ if intrinsic is not None:
             with cgutils.for_range(builder, terms) as loop:
                 at = builder.add(weight_at, builder.mul(loop.index, number_of(COLUMNS)))
                 columns = [vector(builder.add(at, number_of(_LANES * v))) for v in range(_TILE_VECTORS)]
+                later = builder.add(ahead, builder.mul(loop.index, ahead_step))
+                prefetch(builder, builder.gep(weight, [later]))
                 for place, own in zip(places, totals, strict=True):
                     value = everywhere(builder.load(builder.gep(place, [loop.index])))
                     for column, total in zip(columns, own, strict=True):
@@ -151,7 +158,7 @@ if intrinsic is not None:
             return context.get_dummy_value()
 
         i = types.intp
-        return types.void(x, i, i, i, weight, i, i, sums, i), generate
+        return types.void(x, i, i, i, weight, i, i, i, i, sums, i), generate
 
     @intrinsic
     def _multiply_tiles(_, x, x_at, x_stride, weight, weight_at, steps, sums):
@@ -257,9 +264,18 @@ def _strip(number, bounds):
 
 
 @compiled
-def _together(packed):
-    """Blocks of columns that stay in the cache while rows pass by."""
-    return max(1, _BLOCK_BYTES // (packed.shape[1] * COLUMNS * packed.itemsize))
+def _together(packed, blocks):
+    """How many of a thread's blocks of columns stay in the cache while rows pass by: at most an eighth, as the first
+    come from memory while nothing is computed, and the others while those before them are."""
+    return max(1, min(blocks // 8, _BLOCK_BYTES // (packed.shape[1] * COLUMNS * packed.itemsize)))
+
+
+@compiled
+def _ahead_step(rows):
+    """Numbers of a later weight to fetch for each term, so that all come while `rows` pass by. None for few rows, which
+    wait for memory alone: there the machine's own prefetching is better (1 to 16 rows: by up to 1.5 times)."""
+    passes = (rows + _TILE_ROWS - 1) // _TILE_ROWS
+    return COLUMNS // passes if passes > 2 else 0
 
 
 @compiled
@@ -278,19 +294,24 @@ def _round_rows(x, first, last, halves):
 def _numbers_kernel(begin, end, items, x, packed, bounds, y):
     """packed [blocks of all groups, K, COLUMNS]"""
     blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
-    sums, wide = np.empty((_TILE_ROWS, COLUMNS), f32), _together(packed)
+    sums = np.empty((_TILE_ROWS, COLUMNS), f32)
     unit, last_unit = _units_of(begin, end, items, bounds, blocks)
     while unit < last_unit:
         group, first, last = _strip(unit // blocks, bounds)
         block, stop = unit % blocks, min(blocks, unit % blocks + last_unit - unit)
         unit += stop - block
+        wide = _together(packed, stop - block)
         for some in range(block, stop, wide):
+            step = _ahead_step(last - first) if some + wide < stop else 0
             for row in range(first, last, _TILE_ROWS):
                 rows = min(_TILE_ROWS, last - row)
                 for each in range(some, min(some + wide, stop)):
                     for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
                         at = (group * blocks + each) * terms * COLUMNS + column
-                        _multiply_vectors(x, row * terms, terms, rows, packed, at, terms, sums, column)
+                        ahead = at + (step > 0) * wide * terms * COLUMNS + (row - first) // _TILE_ROWS * terms * step
+                        _multiply_vectors(
+                            x, row * terms, terms, rows, packed, at, terms, ahead, step, sums, column
+                        )  # fmt: skip
                     _store(sums, rows, y, row, each * COLUMNS)
 
 
@@ -298,7 +319,7 @@ def _numbers_kernel(begin, end, items, x, packed, bounds, y):
 def _pairs_kernel(begin, end, items, x, packed, bounds, y):
     """packed [blocks of all groups, K' / 2, COLUMNS] pairs"""
     blocks, terms = len(packed) // (len(bounds) - 1), packed.shape[1]
-    sums, wide = np.empty((_TILE_ROWS, COLUMNS), f32), _together(packed)
+    sums = np.empty((_TILE_ROWS, COLUMNS), f32)
     halves = np.zeros((_STRIP, 2 * terms), np.int16)
     pairs = halves.view(np.int32)
     unit, last_unit = _units_of(begin, end, items, bounds, blocks)
@@ -307,13 +328,18 @@ def _pairs_kernel(begin, end, items, x, packed, bounds, y):
         block, stop = unit % blocks, min(blocks, unit % blocks + last_unit - unit)
         unit += stop - block
         _round_rows(x, first, last, halves)
+        wide = _together(packed, stop - block)
         for some in range(block, stop, wide):
+            step = _ahead_step(last - first) if some + wide < stop else 0
             for row in range(first, last, _TILE_ROWS):
                 rows = min(_TILE_ROWS, last - row)
                 for each in range(some, min(some + wide, stop)):
                     for column in range(0, COLUMNS, _TILE_VECTORS * _LANES):
                         at = (group * blocks + each) * terms * COLUMNS + column
-                        _multiply_vectors(pairs, (row - first) * terms, terms, rows, packed, at, terms, sums, column)
+                        ahead = at + (step > 0) * wide * terms * COLUMNS + (row - first) // _TILE_ROWS * terms * step
+                        _multiply_vectors(
+                            pairs, (row - first) * terms, terms, rows, packed, at, terms, ahead, step, sums, column
+                        )  # fmt: skip
                     _store(sums, rows, y, row, each * COLUMNS)
 
 

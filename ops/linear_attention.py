@@ -127,6 +127,8 @@ def _cpu_lightning_kernel(
         sequence, head = item // heads, item % heads
         slot, start = slots[sequence], starts[sequence]
         state, keys, values = state_pool[slot, head], key_pool[slot, head], value_pool[slot, head]
+        following = item + 1 if item + 1 < end else item
+        ahead = (slots[following // heads] - slot) * heads + following % heads - head  # in matrices of the pools
         for n in range(lengths[sequence]):
             token, row = begins[sequence] + n, (start + n) % chunk
             if previous.shape[0] > 0 and (row == 0 or n == 0):
@@ -137,13 +139,13 @@ def _cpu_lightning_kernel(
                 panel[d, row % width] = stored(number(k[token, head, d]), key_pool)
             for d in range(dim):
                 value[d] = stored(number(v[token, head, d]), value_pool)
-            score_keys(1, query, keys, row + 1, scores, 0)
+            score_keys(1, query, keys, row + 1, scores, 0, ahead * chunk * dim)
             for j in range(row + 1):
                 scores[0, j] *= decay[j]
             inside[:] = ZERO
-            add_weighted(1, scores, 0, values, row + 1, inside)
+            add_weighted(1, scores, 0, values, row + 1, inside, ahead * chunk * dim)
             across[:] = ZERO
-            add_weighted(1, query, 0, state, dim, across)
+            add_weighted(1, query, 0, state, dim, across, ahead * dim * dim)
             for d in range(dim):
                 out[token, head, d] = fma(across[0, d], query_decay[head, row, 0], inside[0, d])
             if row == chunk - 1:

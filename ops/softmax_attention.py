@@ -95,7 +95,14 @@ def _exponentiate(row, count, segment, lanes):
 
 
 @compiled
-def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, sums):
+def _to_next(b, table, head, next_table, next_head, next_seen, pool):
+    """From block b of one sequence to that of the next item, in numbers of the pool; 0 if it has none."""
+    _, heads, chunk, dim = pool.shape
+    return ((next_table[b] - table[b]) * heads + next_head - head) * chunk * dim if b * chunk < next_seen else 0
+
+
+@compiled
+def _attend_rows(rows, scores, keys_seen, table, values, head, following, segment, part, sums):
     """Weighted values of `rows` rows, unnormalised, into sums [rows, d]; row r sees keys_seen[r], row 0 least."""
     chunk = values.shape[2]
     per_segment = segment // chunk
@@ -106,23 +113,20 @@ def _attend_rows(rows, scores, keys_seen, table, values, head, segment, part, su
         for b in range(begin, min(begin + per_segment, blocks)):
             block = values[table[b], head]
             least = max(0, min(chunk, keys_seen[0] - b * chunk))
-            add_weighted(rows, scores, b * chunk, block, least, part)
+            add_weighted(rows, scores, b * chunk, block, least, part, _to_next(b, table, head, *following, values))
             for r in range(1, rows):  # that see more
                 more = min(chunk, keys_seen[r] - b * chunk) - least
                 if more > 0:
                     add_weighted(1, scores[r : r + 1], b * chunk + least, block[least:], more, part[r : r + 1])
-        for r in range(rows):
-            for d in range(part.shape[1]):
-                sums[r, d] += part[r, d]
+        sums[:rows] += part[:rows]
 
 
 @compiled
 def _append(key, value, row, keys, values):
     """A key [d] and its value to a row of their head's block, [C / W, d, W] and [C, d]."""
-    width = keys.shape[2]
-    panel, target = keys[row // width], values[row]
+    panel, column, target = keys[row // keys.shape[2]], row % keys.shape[2], values[row]
     for d in range(key.shape[0]):
-        panel[d, row % width], target[d] = stored(number(key[d]), keys), stored(number(value[d]), values)
+        panel[d, column], target[d] = stored(number(key[d]), keys), stored(number(value[d]), values)
 
 
 @compiled
@@ -145,14 +149,18 @@ def _cpu_attention_kernel(
     kv_heads, chunk, dim = values.shape[1:]
     groups = q.shape[1] // kv_heads
     queries, sums, part = np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32)
-    keys_seen, totals, lanes = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, f32), np.empty(16, f32)
-    scores = np.empty((TOGETHER, (tile_chunk.max() + 1) * chunk), f32)
+    keys_seen, tops, totals = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, f32), np.empty(TOGETHER, f32)
+    scores, lanes = np.empty((TOGETHER, (tile_chunk.max() + 1) * chunk), f32), np.empty(16, f32)
     for item in range(begin, end):
         tile, head = item // kv_heads, item % kv_heads
         sequence, blocks = tile_sequence[tile], tile_chunk[tile] + 1
         position = max(starts[sequence], (blocks - 1) * chunk)
         tokens = min(starts[sequence] + lengths[sequence], blocks * chunk) - position
         token = begins[sequence] + position - starts[sequence]
+        following = table[sequence], head, 0
+        if appends and item + 1 < end:  # decode reads all keys once: the next item's come while this one is computed
+            other = tile_sequence[(item + 1) // kv_heads]
+            following = table[other], (item + 1) % kv_heads, starts[other] + 1
         if appends:
             block = table[sequence, blocks - 1]
             _append(k[token, head], v[token, head], position % chunk, keys[block, head], values[block, head])
@@ -163,14 +171,14 @@ def _cpu_attention_kernel(
                 keys_seen[r] = position + (row + r) // groups + 1
             for b in range(blocks):
                 count = min(chunk, keys_seen[rows - 1] - b * chunk)
-                score_keys(rows, queries, keys[table[sequence, b], head], count, scores, b * chunk)
+                ahead = _to_next(b, table[sequence], head, *following, values)
+                score_keys(rows, queries, keys[table[sequence, b], head], count, scores, b * chunk, ahead)
+            for r in range(rows):
+                tops[r], totals[r] = _exponentiate(scores[r], keys_seen[r], segment, lanes)
+            _attend_rows(rows, scores, keys_seen, table[sequence], values, head, following, segment, part, sums)
             for r in range(rows):
                 at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups
-                top, totals[r] = _exponentiate(scores[r], keys_seen[r], segment, lanes)
-                log_sum[at, query_head] = top + np.log(totals[r])
-            _attend_rows(rows, scores, keys_seen, table[sequence], values, head, segment, part, sums)
-            for r in range(rows):
-                at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups
+                log_sum[at, query_head] = tops[r] + np.log(totals[r])
                 for d in range(dim):
                     out[at, query_head, d] = sums[r, d] / totals[r]
 
@@ -203,8 +211,8 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, layout: ChunkLayout) -> tuple[
 
 def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) -> tuple[Tensor, ...]:
     q, k, v, out, log_sum = (x.float() for x in saved)
-    q, k, grad, out = (layout.into_tiles(x) for x in (q * q.shape[-1] ** -0.5, k, grad, out))
-    log_sum = layout.into_tiles(log_sum.unsqueeze(-1))
+    tiled = (q * q.shape[-1] ** -0.5, k, grad, out, log_sum.unsqueeze(-1))
+    q, k, grad, out, log_sum = (layout.into_tiles(x) for x in tiled)
     mean = (grad * out).sum(-1, keepdim=True)
     grads = torch.zeros_like(q), torch.zeros_like(v), torch.zeros_like(v)
     for distance in range(len(layout.ranks)):
@@ -214,18 +222,10 @@ def _cpu_backward(grad: Tensor, saved: tuple[Tensor, ...], layout: ChunkLayout) 
 
 
 def _backward_at_distance(
-    distance: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    log_sum: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
-    layout: ChunkLayout,
-) -> None:
-    """Adds what query tiles contribute with the key block `distance` tiles before them: one pair per
-    tile, so no sum races."""
+    distance: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, mean: Tensor, log_sum: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor], layout: ChunkLayout,
+) -> None:  # fmt: skip
+    """Adds what query tiles contribute with the key block `distance` tiles before them: one pair per tile."""
     table = layout.sequence_tiles
     query = torch.from_numpy(table[:, distance:][table[:, distance:] >= 0])
     key = torch.from_numpy(table[:, : table.shape[1] - distance][table[:, distance:] >= 0])
