@@ -227,14 +227,22 @@ if numba is not None:
 
         return array.dtype(types.float32, array), generate
 
-    def read_numbers(builder, place, count):
-        """A vector of `count` numbers from a pointer to FP32 or to BF16."""
+    def read_numbers(builder, place, count, mask=None):
+        """A vector of `count` numbers from a pointer to FP32 or to BF16, zero where a mask forbids to read."""
         floats, words = ir.VectorType(ir.FloatType(), count), ir.VectorType(ir.IntType(32), count)
-        if place.type.pointee == ir.FloatType():
-            return builder.load(builder.bitcast(place, floats.as_pointer()), align=4)
-        halves = ir.VectorType(ir.IntType(16), count).as_pointer()
-        wide = builder.zext(builder.load(builder.bitcast(place, halves), align=2), words)
-        return builder.bitcast(builder.shl(wide, ir.Constant(words, [16] * count)), floats)
+        is_fp32 = place.type.pointee == ir.FloatType()
+        kind, align = (floats, 4) if is_fp32 else (ir.VectorType(ir.IntType(16), count), 2)
+        place = builder.bitcast(place, kind.as_pointer())
+        if mask is None:
+            value = builder.load(place, align=align)
+        else:
+            function = ir.FunctionType(kind, [place.type, ir.IntType(32), mask.type, kind])
+            name = f"llvm.masked.load.v{count}{'f32' if is_fp32 else 'i16'}.p0"
+            function = cgutils.get_or_insert_function(builder.module, function, name)
+            value = builder.call(function, [place, ir.Constant(ir.IntType(32), align), mask, ir.Constant(kind, None)])
+        if is_fp32:
+            return value
+        return builder.bitcast(builder.shl(builder.zext(value, words), ir.Constant(words, [16] * count)), floats)
 
     def prefetch(builder, place):
         """The line of memory at a pointer comes into the second level of the cache."""
@@ -244,45 +252,73 @@ if numba is not None:
         function = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
         builder.call(function, [place] + [ir.Constant(word, n) for n in (0, 2, 1)])
 
-    def _in_lanes(width, products, by_largest=False):
-        """lanes[l] takes in x[width i + l], or its product with y there, for i < steps in order; lanes stay in
-        registers, which LLVM does not find by itself. x and y FP32 or BF16, lanes [width] FP32, or FP64 for sums."""
+    def _reduction(width, kind):
+        """Of count >= 1 numbers of x, FP32 or BF16: their sum, the sum of their products with y, or the largest. Lane l
+        takes in numbers l, width + l and so on; then upper halves of the lanes join lower ones. All in registers."""
 
         @intrinsic
-        def reduce(_, x, y, steps, lanes):
+        def reduce(_, x, y, count):
             def generate(context, builder, signature, args):
-                x, y, lanes = (
-                    context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 1, 3)
-                )
-                element = ir.FloatType() if signature.args[3].dtype == types.float32 else ir.DoubleType()
-                vector, size = ir.VectorType(element, width), args[2].type
-                place = builder.bitcast(lanes, vector.as_pointer())
-                total = cgutils.alloca_once(builder, vector)
-                builder.store(builder.load(place, align=4), total)
-                with cgutils.for_range(builder, args[2]) as loop:
-                    at = builder.mul(loop.index, ir.Constant(size, width))
-                    value, before = read_numbers(builder, builder.gep(x, [at]), width), builder.load(total)
-                    if by_largest:
-                        after = builder.select(builder.fcmp_ordered(">", value, before), value, before)
-                    elif products:
-                        other = read_numbers(builder, builder.gep(y, [at]), width)
+                x, y = (context.make_array(signature.args[i])(context, builder, value=args[i]).data for i in (0, 1))
+                count, size, index = args[2], args[2].type, ir.IntType(32)
+                vector = ir.VectorType(ir.FloatType(), width)
+                total, none = cgutils.alloca_once(builder, vector), ir.Constant(vector, None)
+
+                def read(array, at, mask):
+                    return read_numbers(builder, builder.gep(array, [at]), width, mask)
+
+                def better(a, b):
+                    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+                def take(at, mask=None):
+                    value, before = read(x, at, mask), builder.load(total)
+                    if kind == "sum":
+                        after = builder.fadd(before, value)
+                    elif kind == "products":
                         function = ir.FunctionType(vector, [vector] * 3)
                         function = cgutils.get_or_insert_function(builder.module, function, f"llvm.fma.v{width}f32")
-                        after = builder.call(function, [value, other, before])
+                        after = builder.call(function, [value, read(y, at, mask), before])
                     else:
-                        wide = element == ir.DoubleType()
-                        after = builder.fadd(before, builder.fpext(value, vector) if wide else value)
+                        after = better(value, before)
+                        after = after if mask is None else builder.select(mask, after, before)
                     builder.store(after, total)
-                builder.store(builder.load(total), place, align=4)
-                return context.get_dummy_value()
 
-            return types.void(x, y, types.intp, lanes), generate
+                def everywhere(value, vectors):
+                    one = builder.insert_element(ir.Constant(vectors, ir.Undefined), value, ir.Constant(index, 0))
+                    lanes = ir.Constant(ir.VectorType(index, width), None)
+                    return builder.shuffle_vector(one, ir.Constant(vectors, ir.Undefined), lanes)
+
+                first = read_numbers(builder, x, 1)
+                first = builder.extract_element(first, ir.Constant(index, 0))
+                builder.store(everywhere(first, vector) if kind == "largest" else none, total)
+                with cgutils.for_range(builder, builder.udiv(count, ir.Constant(size, width))) as loop:
+                    take(builder.mul(loop.index, ir.Constant(size, width)))
+                rest = builder.urem(count, ir.Constant(size, width))
+                with builder.if_then(builder.icmp_unsigned("!=", rest, ir.Constant(size, 0))):
+                    words = ir.VectorType(index, width)
+                    mask = builder.icmp_unsigned(
+                        "<", ir.Constant(words, list(range(width))), everywhere(builder.trunc(rest, index), words)
+                    )
+                    take(builder.sub(count, rest), mask)
+                value, lanes = builder.load(total), width
+                while lanes > 1:
+                    lanes //= 2
+                    lower, upper = (
+                        builder.shuffle_vector(
+                            value, value, ir.Constant(ir.VectorType(index, lanes), list(range(at, at + lanes)))
+                        )
+                        for at in (0, lanes)
+                    )
+                    value = better(upper, lower) if kind == "largest" else builder.fadd(lower, upper)
+                return builder.extract_element(value, ir.Constant(index, 0))
+
+            return types.float32(x, y, types.intp), generate
 
         return reduce
 
-    _sum_8, _sum_32, _sum_64 = (_in_lanes(width, products=False) for width in (8, 32, 64))
-    _products_8, _products_64 = (_in_lanes(width, products=True) for width in (8, 64))
-    _largest_16, _largest_64 = (_in_lanes(width, products=False, by_largest=True) for width in (16, 64))
+    _sum_16, _sum_64 = (_reduction(width, "sum") for width in (16, 64))
+    _products_16, _products_64 = (_reduction(width, "products") for width in (16, 64))
+    _largest = _reduction(64, "largest")
 
     def _panels(rows, count):
         """Of `rows` rows and `count` panels."""
@@ -388,88 +424,33 @@ def sigmoid(x):
 
 
 @compiled
-def largest(x, count, lanes):
-    """Of the first `count` >= 1 numbers; NaN counts as nothing unless it is the first. lanes [16] or [64]: scratch."""
-    width = lanes.shape[0]
-    lanes[:] = x[0]
-    if width == 64:
-        _largest_64(x, x, count // width, lanes)
-    else:
-        _largest_16(x, x, count // width, lanes)
-    top = lanes[0]
-    for lane in range(1, width):
-        top = lanes[lane] if lanes[lane] > top else top
-    for i in range(count - count % width, count):
-        top = x[i] if x[i] > top else top
-    return top
+def largest(x):
+    """Of at least one number; NaN counts as nothing unless it is the first."""
+    return _largest(x, x, x.shape[0])
 
 
-# Sums of L partial sums, added at last: number i % L takes term i, so vector instructions can add. L is part of
-# the order, hence of the bits. lanes [L]: scratch, FP32 but where said.
+# Sums of L partial sums, added at last, halves upon halves: number i % L takes term i, so vectors can be added. L
+# is part of the order, hence of the bits.
 
 
 @compiled
-def _all_lanes(x, lanes):
-    """The partial sums of whole steps are there; what is left of x, and their sum."""
-    whole = x.shape[0] - x.shape[0] % lanes.shape[0]
-    for i in range(whole, x.shape[0]):
-        lanes[i - whole] += number(x[i])
-    return _add_up(lanes)
+def sum_16(x):
+    return _sum_16(x, x, x.shape[0])
 
 
 @compiled
-def _add_up(lanes):
-    """Their sum, halves upon halves; a power of two of them."""
-    width = lanes.shape[0]
-    while width > 1:
-        width //= 2
-        for lane in range(width):
-            lanes[lane] += lanes[lane + width]
-    return lanes[0]
+def sum_64(x):
+    return _sum_64(x, x, x.shape[0])
 
 
 @compiled
-def sum_8(x, lanes):
-    lanes[:] = ZERO
-    _sum_8(x, x, x.shape[0] // 8, lanes)
-    return _all_lanes(x, lanes)
+def dot_16(x, y):
+    return _products_16(x, y, x.shape[0])
 
 
 @compiled
-def sum_32(x, lanes):
-    """lanes FP64"""
-    lanes[:] = 0.0
-    _sum_32(x, x, x.shape[0] // 32, lanes)
-    return _all_lanes(x, lanes)
-
-
-@compiled
-def sum_64(x, lanes):
-    lanes[:] = ZERO
-    _sum_64(x, x, x.shape[0] // 64, lanes)
-    return _all_lanes(x, lanes)
-
-
-@compiled
-def _all_products(x, y, lanes):
-    whole = x.shape[0] - x.shape[0] % lanes.shape[0]
-    for i in range(whole, x.shape[0]):
-        lanes[i - whole] = fma(number(x[i]), number(y[i]), lanes[i - whole])
-    return _add_up(lanes)
-
-
-@compiled
-def dot_8(x, y, lanes):
-    lanes[:] = ZERO
-    _products_8(x, y, x.shape[0] // 8, lanes)
-    return _all_products(x, y, lanes)
-
-
-@compiled
-def dot_64(x, y, lanes):
-    lanes[:] = ZERO
-    _products_64(x, y, x.shape[0] // 64, lanes)
-    return _all_products(x, y, lanes)
+def dot_64(x, y):
+    return _products_64(x, y, x.shape[0])
 
 
 TOGETHER = 4  # rows that `add_panels` takes at most

@@ -73,52 +73,88 @@ def _tempered(x: Tensor, temperature: Tensor) -> Tensor:
 
 
 ROW_LANES = 64  # of sums over a row
+RUN = 512  # exponentials that are summed before they join the total; part of the order too
 
 
 @compiled
-def _add_block(values, top, total, weights, lanes):
+def runs_in(length):
+    return (length + RUN - 1) // RUN
+
+
+@compiled
+def _exp_and_sum(values, top, weights, lanes):
+    """weights become exp(values - top); their sum, as `sum_64` makes it."""
+    lanes[:] = ZERO
+    for begin in range(0, values.shape[0] - ROW_LANES + 1, ROW_LANES):
+        x, w = values[begin : begin + ROW_LANES], weights[begin : begin + ROW_LANES]
+        for lane in range(ROW_LANES):
+            e = exp(x[lane] - top)
+            w[lane] = e
+            lanes[lane] += e
+    whole = values.shape[0] - values.shape[0] % ROW_LANES
+    for i in range(whole, values.shape[0]):
+        weights[i] = exp(values[i] - top)
+        lanes[i - whole] += weights[i]
+    return sum_64(lanes)
+
+
+@compiled
+def _add_block(values, top, total, weights, masses, lanes):
     """Takes a block of x into its row's largest and into the sum of exp(x - largest), which it returns with what the
-    sums so far shrink by; weights become the block's exponentials."""
-    new_top = max(top, largest(values, values.shape[0], lanes))
-    for i in range(values.shape[0]):
-        weights[i] = exp(values[i] - new_top)
+    sums so far shrink by; weights become the block's exponentials, masses the sums of their runs."""
+    new_top, mass = max(top, largest(values)), ZERO
+    for run in range(runs_in(values.shape[0])):
+        part = slice(run * RUN, min((run + 1) * RUN, values.shape[0]))
+        masses[run] = _exp_and_sum(values[part], new_top, weights[part], lanes)
+        mass += masses[run]
     rescale = exp(top - new_top)
-    return new_top, fma(total, rescale, sum_64(weights, lanes)), rescale
+    return new_top, fma(total, rescale, mass), rescale
 
 
 @compiled
 def _cpu_statistics_kernel(begin, end, x, first, targets, chosen, top, total, weighted, log_sum):
     """Items are rows. The columns of x are the vocabulary from `first` on, and follow on those before."""
-    lanes, weights = np.empty(ROW_LANES, f32), np.empty(x.shape[1], f32)
+    lanes, weights, masses = np.empty(ROW_LANES, f32), np.empty(x.shape[1], f32), np.empty(runs_in(x.shape[1]), f32)
     for row in range(begin, end):
         if first <= targets[row] < first + x.shape[1]:
             chosen[row] = x[row, targets[row] - first]
-        top[row], total[row], rescale = _add_block(x[row], top[row], total[row], weights, lanes)
-        weighted[row] = fma(weighted[row], rescale, dot_64(weights, x[row], lanes))
+        top[row], total[row], rescale = _add_block(x[row], top[row], total[row], weights, masses, lanes)
+        weighted[row] = fma(weighted[row], rescale, dot_64(weights, x[row]))
         log_sum[row] = top[row] + np.log(total[row])
 
 
 @compiled
-def normalize(x, temperature, weights, lanes):
-    """A row of logits [V] becomes its log-probs, by blocks as long as `weights`."""
+def exponentiate(x, temperature, weights, masses, tops, lanes):
+    """A row of logits [V] is divided by its temperature. -> log sum exp x.
+
+    By blocks of the vocabulary: weights [blocks, length] become exp(x - tops[block]), masses [blocks, runs] sums of
+    runs of them, and tops [blocks] the largest x so far.
+    """
     if temperature != ONE:
         for i in range(x.shape[0]):
             x[i] /= temperature
-    top, total = -_INFINITY, ZERO
-    for first in range(0, x.shape[0], weights.shape[0]):
-        values = x[first : min(first + weights.shape[0], x.shape[0])]
-        top, total, _ = _add_block(values, top, total, weights[: values.shape[0]], lanes)
-    log_sum = top + np.log(total)
-    for i in range(x.shape[0]):
-        x[i] -= log_sum
+    top, total, length = -_INFINITY, ZERO, weights.shape[1]
+    for b in range(weights.shape[0]):
+        values = x[b * length : min((b + 1) * length, x.shape[0])]
+        top, total, _ = _add_block(values, top, total, weights[b], masses[b], lanes)
+        tops[b] = top
+    return top + np.log(total)
 
 
 @compiled
-def _cpu_normalize_kernel(begin, end, x, temperature, block):
+def _cpu_normalize_kernel(begin, end, x, temperature, blocks, length):
     """Items are rows."""
-    lanes, weights = np.empty(ROW_LANES, f32), np.empty(block, f32)
+    lanes, tops = np.empty(ROW_LANES, f32), np.empty(blocks, f32)
+    weights, masses = np.empty((blocks, length), f32), np.empty((blocks, runs_in(length)), f32)
     for row in range(begin, end):
-        normalize(x[row], temperature[row, 0], weights, lanes)
+        log_sum = exponentiate(x[row], temperature[row, 0], weights, masses, tops, lanes)
+        for i in range(x.shape[1]):
+            x[row, i] -= log_sum
+
+
+def blocks_of(vocabulary: int) -> tuple[int, int]:
+    """Of the vocabulary: how many, and the length of all but the last."""
+    return -(-vocabulary // VOCAB_BLOCK), min(VOCAB_BLOCK, vocabulary)
 
 
 def row_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,5 +284,5 @@ def full_log_probs(
         _, log_sum, _ = lm_head.statistics(x, matrix, temperature, logits=logits)
         return logits.sub_(log_sum.unsqueeze(1))
     x = Head(weight, dtype, packed).logits(hidden)
-    share(_cpu_normalize_kernel, len(x), 20 * x.numel(), x, temperature, VOCAB_BLOCK)
+    share(_cpu_normalize_kernel, len(x), 20 * x.numel(), x, temperature, *blocks_of(len(weight)))
     return x

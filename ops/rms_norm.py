@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.autograd import apply
-from ops.compiled import ONE, compiled, dot_8, f32, number, plain, readable, share
+from ops.compiled import ONE, compiled, dot_16, f32, number, plain, readable, share
 from ops.compiled import sigmoid as sigmoid_of
 from ops.dispatch import Path, choose
 from ops.elementwise import kernel_sigmoid, sigmoid
@@ -35,22 +35,21 @@ def grouped_rms_norm_gate_reference(x: Tensor, weight: Tensor, gate: Tensor, gro
 
 
 @compiled
-def norm_scale(x, eps, lanes):
+def norm_scale(x, eps):
     """1 / rms of a row."""
-    return ONE / np.sqrt(dot_8(x, x, lanes) / f32(x.shape[0]) + eps)
+    return ONE / np.sqrt(dot_16(x, x) / f32(x.shape[0]) + eps)
 
 
 @compiled
 def _cpu_norm_kernel(begin, end, x, delta, weight, gate, eps, total, y, scale):
     """Items are rows [D]; delta and gate may have none."""
-    lanes = np.empty(8, f32)
     for row in range(begin, end):
         source, target, factors = x[row], y[row], weight[row % weight.shape[0]]
         if delta.shape[0] > 0:
             added, source = delta[row], total[row]
             for i in range(added.shape[0]):
                 source[i] = x[row, i] + number(added[i])
-        scale[row] = by = norm_scale(source, eps, lanes)
+        scale[row] = by = norm_scale(source, eps)
         for i in range(source.shape[0]):
             target[i] = source[i] * by * factors[i]
         if gate.shape[0] > 0:

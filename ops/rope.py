@@ -63,11 +63,11 @@ def qk_norm_rope_reference(
 
 
 @compiled
-def _turn(x, factors, eps, cos, sin, lanes, normed, y):
+def _turn(x, factors, eps, cos, sin, normed, y):
     """One head of one token, normed where there are factors [d]; returns the scale of its norm."""
     half, scale = cos.shape[0], ONE
     if factors.shape[0] > 0:
-        scale = norm_scale(x, eps, lanes)
+        scale = norm_scale(x, eps)
         for d in range(x.shape[0]):
             normed[d] = number(x[d]) * scale * factors[d]
     else:
@@ -89,14 +89,14 @@ def _turn(x, factors, eps, cos, sin, lanes, normed, y):
 def _cpu_kernel(begin, end, qkv, q_weight, k_weight, table, position_ids, eps, q, k, v, scale):
     """Items are tokens; the weights [d] may be empty."""
     heads, kv_heads = q.shape[1], k.shape[1]
-    lanes, normed = np.empty(8, f32), np.empty(q.shape[2], f32)
+    normed = np.empty(q.shape[2], f32)
     for token in range(begin, end):
         cos, sin = table[position_ids[token], 0], table[position_ids[token], 1]
         for head in range(heads):
-            scale[token, head] = _turn(qkv[token, head], q_weight, eps, cos, sin, lanes, normed, q[token, head])
+            scale[token, head] = _turn(qkv[token, head], q_weight, eps, cos, sin, normed, q[token, head])
         for head in range(kv_heads):
             x, y = qkv[token, heads + head], k[token, head]
-            scale[token, heads + head] = _turn(x, k_weight, eps, cos, sin, lanes, normed, y)
+            scale[token, heads + head] = _turn(x, k_weight, eps, cos, sin, normed, y)
         v[token] = qkv[token, heads + kv_heads :]
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ops.compiled import compiled, exp, f32, share, sum_32
+from ops.compiled import ONE, ZERO, compiled, exp, f32, share, sum_64
 from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
-from ops.log_probs import ROW_LANES, VOCAB_BLOCK, Head, full_log_probs, normalize, per_row
+from ops.log_probs import ROW_LANES, RUN, Head, blocks_of, exponentiate, full_log_probs, per_row, runs_in
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -46,16 +46,8 @@ def sample_reference(log_probs: Tensor, uniform: float) -> int:
     return max(token for token, weight in enumerate(weights) if weight > 0)
 
 
-# The CPU path.
-
-
-_WALK = 256  # tokens whose mass is summed before it joins the total: first the run is found, then the token in it
-
-
-@compiled
-def _exponentiate(x, p):
-    for i in range(x.shape[0]):
-        p[i] = exp(x[i])
+# The CPU path. What the log-probs of a row leave behind, exponentials and the sums of their runs, is what a token is
+# drawn from: first its run is found, then the token in it. Rows with limits are drawn once more.
 
 
 @compiled
@@ -69,80 +61,120 @@ def _most_likely_of(x):
 
 
 @compiled
-def _draw_from(p, uniform, runs, lanes):
-    """The token, and the mass of all. Sums in FP64."""
-    vocabulary, total = p.shape[0], 0.0
-    for run in range(runs.shape[0]):
-        part = p[run * _WALK : min((run + 1) * _WALK, vocabulary)]
-        runs[run] = sum_32(part, lanes)
-        total += runs[run]
-    threshold, before, run = uniform * total, 0.0, 0
-    while run < runs.shape[0] - 1 and before + runs[run] <= threshold:
-        before += runs[run]
-        run += 1
-    token = min((run + 1) * _WALK, vocabulary) - 1
-    for i in range(run * _WALK, token + 1):
-        before += p[i]
-        if before > threshold:
-            token = i
+def _walk(vocabulary, weights, masses, tops, uniform, shares):
+    """The token at `uniform`, and the sum of all weights, in FP64. weights [blocks, length] of the vocabulary, in block
+    b relative to exp(tops[b]), masses [blocks, runs] their sums; shares [blocks, runs]: scratch."""
+    blocks, length = weights.shape
+    total = 0.0
+    for b in range(blocks):
+        scale = np.float64(exp(tops[b] - tops[blocks - 1]))
+        for run in range(runs_in(min(length, vocabulary - b * length))):
+            shares[b, run] = scale * masses[b, run]
+            total += shares[b, run]
+    threshold, before, b, run = uniform * total, 0.0, 0, 0
+    while before + shares[b, run] <= threshold:
+        if run + 1 < runs_in(min(length, vocabulary - b * length)):
+            before, run = before + shares[b, run], run + 1
+        elif b + 1 < blocks:
+            before, b, run = before + shares[b, run], b + 1, 0
+        else:
             break
-    while p[token] == 0.0 and token > 0:  # rounding left the threshold beyond the last sum
+    scale, end = np.float64(exp(tops[b] - tops[blocks - 1])), min((run + 1) * RUN, length, vocabulary - b * length)
+    token = b * length + end - 1
+    for i in range(run * RUN, end):
+        before += scale * weights[b, i]
+        if before > threshold:
+            token = b * length + i
+            break
+    while token > 0 and weights[token // length, token % length] == 0.0:  # rounding put the threshold beyond the last
         token -= 1
     return token, total
 
 
 @compiled
-def _cpu_draw_kernel(begin, end, rows, divisor, limited, temperature, uniform, tokens, chosen, processed):
-    """Items are rows: logits, which become log-probs here, or if `divisor` [B, 1] is empty log-probs. Drawn is from
-    `limited`, or from all if that has no rows."""
-    vocabulary = rows.shape[1]
-    runs, lanes, every = np.empty((vocabulary + _WALK - 1) // _WALK), np.empty(32), np.empty(vocabulary, f32)
-    row_lanes, weights = np.empty(ROW_LANES, f32), np.empty(VOCAB_BLOCK, f32)
+def _cpu_draw_kernel(
+    begin, end, x, temperature, top_p, top_k, min_p, uniform, whole, blocks, length, tokens, log_sums, chosen,
+    processed, is_limited
+):  # fmt: skip
+    """Items are rows of logits, which are divided by their temperature and, where the `whole` row is wanted, become
+    log-probs. Draws without limits, and says which rows have some."""
+    lanes, tops = np.empty(ROW_LANES, f32), np.empty(blocks, f32)
+    weights, masses = np.empty((blocks, length), f32), np.empty((blocks, runs_in(length)), f32)
+    shares = np.empty(masses.shape)
     for row in range(begin, end):
-        x = rows[row]
-        if divisor.shape[0] > 0:
-            normalize(x, divisor[row, 0], weights, row_lanes)
-        if temperature[row] == 0:
-            token = _most_likely_of(x)
-            processed[row] = 0.0
+        greedy = temperature[row] == ZERO
+        log_sum = exponentiate(x[row], ONE if greedy else temperature[row], weights, masses, tops, lanes)
+        if greedy:
+            token = _most_likely_of(x[row])
         else:
-            if limited.shape[0] > 0:
-                every[:] = limited[row]
-            else:
-                _exponentiate(x, every)
-            token, mass = _draw_from(every, uniform[row], runs, lanes)
-            processed[row] = np.log(every[token] / mass)
-        tokens[row], chosen[row] = token, x[token]
+            token, _ = _walk(x.shape[1], weights, masses, tops, uniform[row], shares)
+        log_prob = x[row, token] - log_sum
+        tokens[row], log_sums[row], chosen[row], processed[row] = token, log_sum, log_prob, ZERO if greedy else log_prob
+        is_limited[row] = top_p[row] < ONE or top_k[row] > 0 or min_p[row] > ZERO
+        if whole:
+            for i in range(x.shape[1]):
+                x[row, i] -= log_sum
 
 
 @compiled
 def _cpu_exp_kernel(begin, end, rows, probabilities):
     for row in range(begin, end):
-        _exponentiate(rows[row], probabilities[row])
+        for i in range(rows.shape[1]):
+            probabilities[row, i] = exp(rows[row, i])
 
 
-def _has_limits(top_p: Tensor, top_k: Tensor, min_p: Tensor) -> bool:
-    return bool((top_p.numpy() < 1).any() or (top_k.numpy() > 0).any() or (min_p.numpy() > 0).any())
+@compiled
+def _cpu_limited_kernel(begin, end, rows, limited, temperature, uniform, tokens, processed):
+    """Items are rows of log-probs, of which `limited` has the probabilities that the limits leave."""
+    tops, masses = np.zeros(1, f32), np.empty((1, runs_in(rows.shape[1])), f32)
+    shares = np.empty(masses.shape)
+    for row in range(begin, end):
+        if temperature[row] == 0:
+            tokens[row], processed[row] = _most_likely_of(rows[row]), 0.0
+            continue
+        weights = limited[row : row + 1]
+        for run in range(masses.shape[1]):
+            masses[0, run] = sum_64(weights[0, run * RUN : (run + 1) * RUN])
+        token, mass = _walk(rows.shape[1], weights, masses, tops, uniform[row], shares)
+        tokens[row], processed[row] = token, np.log(limited[row, token] / mass)
 
 
-def _cpu_draw(
-    rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
-    divisor: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """rows: log-probs FP32 [B, V], or with a `divisor` [B, 1] logits, which become log-probs over it -> tokens int64
-    [B], their log-probs, and their processed ones."""
-    limited, divisor = rows.new_empty(0, rows.shape[1]), rows.new_empty(0, 1) if divisor is None else divisor
-    if _has_limits(top_p, top_k, min_p):
-        assert not len(divisor), "limits are of log-probs"
-        probabilities = torch.empty_like(rows)
-        share(_cpu_exp_kernel, len(rows), 10 * rows.numel(), rows, probabilities)
-        limited = _truncate(probabilities.double(), top_p, top_k, min_p).float()
-    tokens, chosen, processed = temperature.new_empty(len(rows), dtype=torch.int64), *rows.new_empty(2, len(rows))
+def _cpu_limited(
+    rows: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """rows: log-probs FP32 [B, V] -> tokens int64 [B], and their processed log-probs."""
+    probabilities, (batch, vocabulary) = torch.empty_like(rows), rows.shape
+    share(_cpu_exp_kernel, batch, 10 * batch * vocabulary, rows, probabilities)
+    limited = _truncate(probabilities.double(), top_p, top_k, min_p).float()
+    tokens, processed = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
+    arguments = rows, limited, temperature, uniform, tokens, processed
+    share(_cpu_limited_kernel, batch, 10 * batch * vocabulary, *arguments)
+    return tokens, processed
+
+
+def _cpu_sample(
+    hidden: Tensor, weight: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
+    dtype: torch.dtype, banned: Tensor | None, packed: Tensor | None, whole: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, batch = Head(weight, dtype, packed).logits(hidden), len(hidden)
+    tokens, is_limited = torch.empty(batch, dtype=torch.int64), torch.empty(batch, dtype=torch.bool)
+    log_sums, chosen, processed = torch.empty(3, batch)
     share(
-        _cpu_draw_kernel, len(rows), 30 * rows.numel(), rows, divisor, limited, temperature, uniform, tokens, chosen,
-        processed,
+        _cpu_draw_kernel, batch, 20 * rows.numel(), rows, temperature, top_p, top_k, min_p, uniform, whole,
+        *blocks_of(len(weight)), tokens, log_sums, chosen, processed, is_limited,
     )  # fmt: skip
-    return tokens, chosen, processed
+    if banned is not None:
+        is_limited |= (banned >= 0).any(1)
+    if is_limited.numpy().any():
+        at = torch.nonzero(is_limited).squeeze(1)
+        allowed, mass = rows[at] if whole else rows[at] - log_sums[at].unsqueeze(1), top_p[at]
+        if banned is not None:
+            allowed, mass = _without(allowed, mass, banned[at])
+        drawn = _cpu_limited(allowed, temperature[at], mass, top_k[at], min_p[at], uniform[at])
+        tokens[at], processed[at] = drawn
+        own = rows[at, drawn[0]]
+        chosen[at] = own if whole else own - log_sums[at]
+    return tokens, chosen, rows if whole else rows[:0], processed
 
 
 def _truncate(probabilities: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
@@ -299,16 +331,16 @@ def _without(rows: Tensor, top_p: Tensor, banned: Tensor) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def sample(
     hidden: Tensor, weight: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, min_p: Tensor, uniform: Tensor,
-    dtype: torch.dtype, banned: Tensor | None = None, packed: Tensor | None = None,
+    dtype: torch.dtype, banned: Tensor | None = None, packed: Tensor | None = None, whole: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Draws a token for each row.
 
-    hidden FP32 [B, D], weight [V, D] rounded to `dtype`, temperature, top_p, min_p FP32 [B], top_k int64 [B] (0: all),
-    uniform FP64 [B] in [0, 1), banned int64 [B, K] tokens that are not drawn (-1: none), packed: `pack_weight` of the
-    weight if it stays the same -> tokens int64 [B], their
-    log-probs FP32 [B] before any limit, log-probs of the whole vocabulary FP32 [B, V], and the tokens' processed
-    log-probs FP32 [B]: of the distribution that is drawn from, limited and normalised again. Temperature 0 takes the
-    most likely token, the lowest id among equals, with log-probs at temperature 1 and a processed log-prob of 0.
+    hidden FP32 [B, D], weight [V, D], both rounded to `dtype`, temperature, top_p, min_p FP32 [B], top_k int64 [B]
+    (0: all), uniform FP64 [B] in [0, 1), banned int64 [B, K] tokens that are not drawn (-1: none), packed:
+    `pack_weight` of the weight if it stays the same -> tokens int64 [B], their log-probs FP32 [B] before any limit,
+    log-probs of the whole vocabulary FP32 [B, V], of no row unless `whole`, and the tokens' processed log-probs FP32
+    [B]: of the distribution that is drawn from, limited and normalised again. Temperature 0 takes the most likely
+    token, the lowest id among equals, with log-probs at temperature 1 and a processed log-prob of 0.
 
     The limits: the top_k most likely tokens (ties to the lowest id), the fewest most likely tokens whose mass reaches
     top_p (Holtzman et al., 1904.09751), the tokens with at least min_p of the largest probability (2407.01082). Each is
@@ -316,18 +348,15 @@ def sample(
     so their order is nothing: as SGLang has it ("joint"). Transformers (top-k, top-p, min-p) and vLLM (min-p, top-k,
     top-p) measure each on what the one before has left, which is another set where top_p comes after another limit.
     """
+    if choose("sample", hidden) is not Path.TRITON:
+        settings = temperature, top_p, top_k, min_p, uniform
+        return _cpu_sample(hidden, weight, *settings, dtype, banned, packed, whole)
     divisor = per_row(torch.where(temperature == 0, 1.0, temperature), hidden)
-    on_cpu = choose("sample", hidden) is not Path.TRITON
-    if on_cpu and banned is None and not _has_limits(top_p, top_k, min_p):  # one pass over the vocabulary less
-        rows = Head(weight, dtype, packed).logits(hidden)
-        tokens, chosen, processed = _cpu_draw(rows, temperature, top_p, top_k, min_p, uniform, divisor)
-        return tokens, chosen, rows, processed
-    rows = full_log_probs(hidden, weight, divisor, dtype, packed)
+    rows = full_log_probs(hidden, weight, divisor, dtype)
     allowed, top_p = (rows, top_p) if banned is None else _without(rows, top_p, banned)
-    draw = _cpu_draw if on_cpu else _triton_draw
-    tokens, *_, processed = draw(allowed, temperature, top_p, top_k, min_p, uniform)
+    tokens, processed = _triton_draw(allowed, temperature, top_p, top_k, min_p, uniform)
     inside = tokens.clamp(0, rows.shape[1] - 1)  # a kernel that is compiled and not run leaves tokens undefined
-    return tokens, rows.gather(1, inside.unsqueeze(1)).squeeze(1), rows, processed
+    return tokens, rows.gather(1, inside.unsqueeze(1)).squeeze(1), rows if whole else rows[:0], processed
 
 
 def most_likely(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ from ops.compiled import (
     score_keys,
     share,
     stored,
-    sum_8,
+    sum_16,
 )
 from ops.dispatch import Path, choose
 from ops.jit import aligned, divide_up, jit, launch, like, next_power_of_two, tl, triton_dtype
@@ -84,13 +84,13 @@ def _gather_queries(q, begin, head, row, rows, groups, scale, out):
 
 
 @compiled
-def _exponentiate(row, count, segment, lanes):
+def _exponentiate(row, count, segment):
     """Scores to weights relative to the largest, of which the first `count` are seen; returns it and their sum."""
-    top, total = largest(row, count, lanes), ZERO
+    top, total = largest(row[:count]), ZERO
     for j in range(count):
         row[j] = exp(row[j] - top)
     for begin in range(0, count, segment):
-        total += sum_8(row[begin : min(begin + segment, count)], lanes[:8])
+        total += sum_16(row[begin : min(begin + segment, count)])
     return top, total
 
 
@@ -150,7 +150,7 @@ def _cpu_attention_kernel(
     groups = q.shape[1] // kv_heads
     queries, sums, part = np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32), np.empty((TOGETHER, dim), f32)
     keys_seen, tops, totals = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, f32), np.empty(TOGETHER, f32)
-    scores, lanes = np.empty((TOGETHER, (tile_chunk.max() + 1) * chunk), f32), np.empty(16, f32)
+    scores = np.empty((TOGETHER, (tile_chunk.max() + 1) * chunk), f32)
     for item in range(begin, end):
         tile, head = item // kv_heads, item % kv_heads
         sequence, blocks = tile_sequence[tile], tile_chunk[tile] + 1
@@ -174,7 +174,7 @@ def _cpu_attention_kernel(
                 ahead = _to_next(b, table[sequence], head, *following, values)
                 score_keys(rows, queries, keys[table[sequence, b], head], count, scores, b * chunk, ahead)
             for r in range(rows):
-                tops[r], totals[r] = _exponentiate(scores[r], keys_seen[r], segment, lanes)
+                tops[r], totals[r] = _exponentiate(scores[r], keys_seen[r], segment)
             _attend_rows(rows, scores, keys_seen, table[sequence], values, head, following, segment, part, sums)
             for r in range(rows):
                 at, query_head = token + (row + r) // groups, head * groups + (row + r) % groups

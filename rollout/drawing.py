@@ -69,6 +69,7 @@ def _draw(
         policy.dtype,
         banned,
         policy.packed_head(),
+        whole=bool(running.watched),
     )
 
 

@@ -96,9 +96,9 @@ def test_draws_agree_with_the_cpu_path(seed: int, vocabulary: int, top_k: int) -
     top_k_of_rows = torch.tensor([0, top_k, 0, top_k])
     limits = torch.ones(4), torch.tensor([1.0, 0.3, 0.9, 1.0]), top_k_of_rows, torch.tensor([0.0, 0.0, 0.1, 0.2])
     tokens, processed = IMPLEMENTATION._triton_draw(rows.to(DEVICE), *(x.to(DEVICE) for x in (*limits, uniform)))
-    possible = [IMPLEMENTATION._cpu_draw(rows, *limits, (uniform + e).clamp(0, 1))[0] for e in (-1e-6, 0.0, 1e-6)]
+    possible = [IMPLEMENTATION._cpu_limited(rows, *limits, (uniform + e).clamp(0, 1))[0] for e in (-1e-6, 0.0, 1e-6)]
     assert torch.stack([tokens.cpu() == expected for expected in possible]).any(0).all()
-    same, _, reference = IMPLEMENTATION._cpu_draw(rows, *limits, uniform)
+    same, reference = IMPLEMENTATION._cpu_limited(rows, *limits, uniform)
     agree = tokens.cpu() == same
     # A sum in FP64 of FP32 terms, and a logarithm of at most 16 in FP32: a few units in its last place.
     torch.testing.assert_close(processed.cpu()[agree], reference[agree], rtol=0, atol=4 * 16 * 2**-24)
