@@ -19,7 +19,7 @@ from ops.compiled import watching
 
 _aten = torch.ops.aten
 _MAKES_MEMORY = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided}
-
+_INTO = {_aten.index_select.default: _aten.index_select.out, _aten.add.Tensor: _aten.add.out}
 _FOLLOWS_NUMBERS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -54,8 +54,19 @@ class _TorchCalls(TorchDispatchMode):
         if operator._schema.is_mutable:
             self._calls.append(partial(operator, *args, **kwargs))
             return result
-        self._calls.append(partial(_compute_again, operator, args, kwargs, tree_leaves(result)))
+        self._calls.append(_again(operator, args, kwargs, result))
         return result
+
+
+def _again(operator: Any, args: Any, kwargs: Any, result: Any) -> partial[Any]:
+    """What computes the result once more, into its memory; at once if torch can."""
+    if operator.overloadpacket is _aten._to_copy and result.shape == args[0].shape:
+        return partial(_aten.copy_.default, result, args[0])
+    if operator is _aten.embedding.default and args[1].ndim == 1:
+        return partial(_aten.index_select.out, args[0], 0, args[1], out=result)
+    if operator in _INTO:
+        return partial(_INTO[operator], *args, **kwargs, out=result)
+    return partial(_compute_again, operator, args, kwargs, tree_leaves(result))
 
 
 def _compute_again(operator: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:

@@ -14,20 +14,19 @@ from ops.dispatch import Path, choose
 from ops.jit import aligned, jit, launch, like, next_power_of_two, tl
 from ops.log_probs import ROW_LANES, RUN, Head, blocks_of, exponentiate, full_log_probs, per_row, runs_in
 
-_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_FACTORS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW, _SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
 def philox(key: int, counters: np.ndarray) -> np.ndarray:
     """Philox-4x32-10: key a 64-bit int, counters uint32 [4, N] -> uint32 [4, N]."""
-    c0, c1, c2, c3 = (row.astype(np.uint64) for row in counters)
-    k0, k1 = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
-    for _ in range(10):
-        p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ np.uint64(k0), p1 & _LOW, (p0 >> _SHIFT) ^ c3 ^ np.uint64(k1), p0 & _LOW
-        k0, k1 = (k0 + _W0) & 0xFFFFFFFF, (k1 + _W1) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
+    even, odd = counters[::2].astype(np.uint64), counters[1::2].astype(np.uint64)
+    keys = [((key & 0xFFFFFFFF) + round * _W0, (key >> 32) + round * _W1) for round in range(10)]
+    for words in np.array(keys).astype(np.uint64)[:, :, None] & _LOW:
+        products = _FACTORS * even
+        even, odd = (products >> _SHIFT)[::-1] ^ odd ^ words, (products & _LOW)[::-1]
+    return np.stack([even, odd], axis=1).reshape(4, -1).astype(np.uint32)
 
 
 def addressed_uniform(seed: int, addresses: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ and the matrices that a CPU packs, goes to new memory, so such a recording lasts
 """
 
 import bisect
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -72,11 +73,11 @@ class DecodeGraphs:
         step.fill(ids, slots, block_table, positions)
         return step.forward()[: len(ids)]
 
-    def _versions(self) -> list[tuple[int, int]]:
-        """Of the weights from which recorded steps read something made."""
+    def _versions(self) -> list[int]:
+        """Of the weights from which recorded steps read something made: where they are, and how often they changed."""
         if not (self._on_cpu or self.policy.config.fp8_linear):
             return []
-        return [(weight.data_ptr(), weight._version) for weight in self._parameters]
+        return [*map(Tensor.data_ptr, self._parameters), *map(attrgetter("_version"), self._parameters)]
 
 
 class _Step:

@@ -74,7 +74,8 @@ class Scheduler:
         drafts = np.zeros_like(decoding)
         if self.speculative_tokens and len(decoding):
             drafts = draft(self.running, decoding, self.speculative_tokens, self.chunk_size)
-        pieces = self._pieces([slot for slot in self.running.by_age().tolist() if missing[slot] > 1])
+        oldest_first = self.running.by_age()
+        pieces = self._pieces(oldest_first[missing[oldest_first] > 1].tolist())
         if not len(decoding) and not pieces:
             return None
         slots, counts = np.array(list(pieces), np.int64), np.array(list(pieces.values()), np.int64)
