@@ -97,7 +97,10 @@ def _cpu_kernel(begin, end, qkv, q_weight, k_weight, table, position_ids, eps, q
         for head in range(kv_heads):
             x, y = qkv[token, heads + head], k[token, head]
             scale[token, heads + head] = _turn(x, k_weight, eps, cos, sin, normed, y)
-        v[token] = qkv[token, heads + kv_heads :]
+        for head in range(kv_heads):
+            x, y = qkv[token, heads + kv_heads + head], v[token, head]
+            for d in range(x.shape[0]):
+                y[d] = x[d]
 
 
 def _turn_back(grad: Tensor, table: Tensor, position_ids: Tensor) -> Tensor:

@@ -74,10 +74,10 @@ class DecodeGraphs:
         return step.forward()[: len(ids)]
 
     def _versions(self) -> list[int]:
-        """Of the weights from which recorded steps read something made: where they are, and how often they changed."""
+        """How often the weights changed from which recorded steps read something made. They stay where they are."""
         if not (self._on_cpu or self.policy.config.fp8_linear):
             return []
-        return [*map(Tensor.data_ptr, self._parameters), *map(attrgetter("_version"), self._parameters)]
+        return [*map(attrgetter("_version"), self._parameters)]
 
 
 class _Step:

@@ -57,7 +57,6 @@ def _draw(
     banned = None
     if too_early.any():
         banned = torch.from_numpy(np.where(too_early[:, None], running.stop_ids[slots], NEVER)).to(hidden.device)
-    uniforms = [ops.addressed_uniform(*each) for each in running.addresses_by_seed(slots, positions)]
     return ops.sample(
         hidden,
         policy.lm_head,
@@ -65,7 +64,7 @@ def _draw(
         setting(running.top_p),
         setting(running.top_k),
         setting(running.min_p),
-        torch.cat(uniforms).to(hidden.device),
+        torch.from_numpy(running.uniforms(slots, positions)).to(hidden.device),
         policy.dtype,
         banned,
         policy.packed_head(),

@@ -5,15 +5,16 @@ token while decoding, more where a prompt, or a sequence that lost its cache, ha
 nothing is missing.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
 
+import ops
 from policy.config import PolicyConfig
 from rollout.sequence import RECORDS, Sequence
 
-NEVER = -1  # a token id that no token has
+NEVER = -1  # a token id that no token has, a position that none has
+AHEAD = 16  # positions of a sequence whose numbers are made at once
 
 
 class Running:
@@ -38,6 +39,7 @@ class Running:
         self.log_probs = np.zeros((slots, 1), dtype=np.float32)
         self.processed = np.zeros((slots, 1), dtype=np.float32)
         self.versions = np.zeros((slots, 1), dtype=np.int64)
+        self._uniforms, self._known = np.zeros((slots, AHEAD)), np.full((slots, AHEAD), NEVER)  # and their positions
         self._admitted = 0
 
     def slots(self) -> np.ndarray:
@@ -65,6 +67,7 @@ class Running:
         self.temperature[slot], self.top_k[slot] = sampling.temperature, sampling.top_k
         self.top_p[slot], self.min_p[slot] = sampling.top_p, sampling.min_p
         self.seed[slot], self.address[:, slot] = request.seed, (sequence.sample, request.prompt, request.step)
+        self._known[slot] = NEVER
         stops = [*self._policy_stops, *sampling.stop_token_ids]
         self.stop_ids[slot], self.stop_ids[slot, : len(stops)] = NEVER, stops
         self.num_blocks[slot] = 0
@@ -91,13 +94,26 @@ class Running:
         self.block_table[slot, held : held + len(blocks)] = blocks
         self.num_blocks[slot] += len(blocks)
 
-    def addresses_by_seed(self, slots: np.ndarray, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Runs of equal seeds in the order of `slots`: the seed and uint32 [4, n] (position, sample, prompt, step)."""
+    def uniforms(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """FP64 [n]: the numbers at the addresses of tokens (design A8). Those of AHEAD positions are made together and
+        wait here, as they cost no more than one."""
+        if (slots[1:] == slots[:-1]).any():  # drafts
+            return self._addressed(slots, positions)
+        at = slots, positions % AHEAD
+        missing = self._known[at] != positions
+        if missing.any():
+            rows, ahead = slots[missing][:, None], positions[missing][:, None] + np.arange(AHEAD)
+            made = self._addressed(np.repeat(rows, AHEAD), ahead.ravel())
+            self._uniforms[rows, ahead % AHEAD], self._known[rows, ahead % AHEAD] = made.reshape(ahead.shape), ahead
+        found: np.ndarray = self._uniforms[at]
+        return found
+
+    def _addressed(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         addresses = np.concatenate([positions[None].astype(np.uint32), self.address[:, slots]])
         seeds = self.seed[slots]
-        bounds = [0, *(np.flatnonzero(seeds[1:] != seeds[:-1]) + 1).tolist(), len(slots)]
-        for begin, end in pairwise(bounds):
-            yield int(seeds[begin]), addresses[:, begin:end]
+        bounds = [0, *(np.flatnonzero(seeds[1:] != seeds[:-1]) + 1).tolist(), len(slots)]  # runs of equal seeds
+        runs = pairwise(bounds)
+        return np.concatenate([ops.addressed_uniform(int(seeds[a]), addresses[:, a:b]).numpy() for a, b in runs])
 
     def stops_at(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """tokens [S, ...] of the slots -> are they stop tokens."""

@@ -32,7 +32,7 @@ def other_sample(draw: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[], Abs
     """The engine takes tokens and log-probs from `draw`: (hidden, head, tokens, log-prob rows, temperature) -> both."""
     sample = ops.sample
 
-    def other(hidden: Tensor, weight: Tensor, temperature: Tensor, *others: Any) -> Any:
+    def other(hidden: Tensor, weight: Tensor, temperature: Tensor, *others: Any, whole: bool = True) -> Any:
         tokens, _, rows, *rest = sample(hidden, weight, temperature, *others)
         return *draw(hidden, weight, tokens, rows, temperature), rows, *rest
 
