@@ -90,12 +90,17 @@ def share(kernel: Any, items: int, operations: int, *arguments: Any) -> None:
     if parts < 2 or not _has_team():
         call = partial(kernel, 0, items, *arrays)
     else:
-        if numba.get_num_threads() != (threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
-            numba.set_num_threads(threads)
+        prepare_team()
         call = partial(_shared(kernel), parts, items, *arrays)
     call()
     if watch := getattr(_watchers, "watch", None):
         watch(call)
+
+
+def prepare_team() -> None:
+    """Kernels of this thread are shared by as many threads as torch has."""
+    if numba.get_num_threads() != (threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
+        numba.set_num_threads(threads)
 
 
 _watchers = threading.local()

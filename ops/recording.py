@@ -8,6 +8,7 @@ results stay as they were.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ops.compiled import watching
+from ops.program import Program, is_kernel
 
 _aten = torch.ops.aten
 _MAKES_MEMORY = {_aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided}
@@ -30,11 +32,19 @@ class Recording:
         self.calls: list[partial[Any]] = []
         with watching(self.calls.append), _TorchCalls(self.calls):
             self.result = compute()
+        self._steps: list[Callable[[], Any]] = []
+        for kernels, group in groupby(self.calls, lambda call: is_kernel(call.func)):
+            calls = [*group]
+            self._steps += [Program(calls)] if kernels else calls
 
     def replay(self) -> None:
         """Computes the result anew, in the same memory."""
-        for call in self.calls:
-            call()
+        for step in self._steps:
+            step()
+
+    def apart(self) -> list[tuple[str, Callable[[], Any]]]:
+        """The same call by call, each with the module it comes from: for measurements."""
+        return [(call.func.__module__, Program([call]) if is_kernel(call.func) else call) for call in self.calls]
 
 
 class _TorchCalls(TorchDispatchMode):
