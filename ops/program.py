@@ -6,6 +6,7 @@ once, as words of memory, and for every list of argument types there is a little
 """
 
 import ctypes
+import inspect
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -75,32 +76,36 @@ def _runner() -> Any:
 
 def _prepare(call: partial[Any]) -> tuple[int, np.ndarray]:
     """Address of the function that makes the call, and the words that it reads: the kernel's address, its arguments."""
-    kernel: Any = call.func
-    arguments = call.args
-    if kernel.py_func.__code__.co_flags & 0x04:  # *arguments, which arrive as one tuple
+    kinds = tuple((x.dtype.char, x.ndim) if isinstance(x, np.ndarray) else type(x) for x in call.args)
+    if (call.func, kinds) not in _targets:
+        _targets[call.func, kinds] = _target(call.func, call.args)
+    entry, address, count = _targets[call.func, kinds]
+    words = [address]
+    for x in call.args:
+        if isinstance(x, np.ndarray):  # by reference, and nobody counts references
+            words += (0, 0, x.size, x.itemsize, x.__array_interface__["data"][0], *x.shape, *x.strides)
+        elif isinstance(x, np.float32):
+            words.append(int(x.view(np.uint32)))
+        elif isinstance(x, float):
+            words.append(int(np.float64(x).view(np.int64)))
+        else:
+            words.append(int(x))
+    assert len(words) == count, f"{call.func.__name__} takes {count} words, not {len(words)}"
+    return entry, np.array(words, np.int64)
+
+
+_targets: dict[tuple[Any, tuple[Any, ...]], tuple[int, int, int]] = {}
+
+
+def _target(kernel: Any, arguments: tuple[Any, ...]) -> tuple[int, int, int]:
+    """For arguments of these types: address of what calls the kernel, and of the kernel; how many words they are."""
+    if kernel.py_func.__code__.co_flags & inspect.CO_VARARGS:  # which arrive as one tuple
         named = kernel.py_func.__code__.co_argcount
         arguments = *arguments[:named], tuple(arguments[named:])
     compiled = kernel.overloads[tuple(map(numba.typeof, arguments))]
-    name, types = compiled.fndesc.llvm_func_name, compiled.fndesc.argtypes
-    kinds = tuple(str(kind) for kind in compiled.target_context.get_arg_packer(types).argument_types)
-    words = [word for argument in arguments for word in _words(argument)]
-    assert len(words) == len(kinds), f"{name} takes {len(kinds)} words, not {len(words)}"
-    address = compiled.library.get_pointer_to_function(name)
-    return _entry(kinds), np.array([address, *words], np.int64).view(np.uint64)
-
-
-def _words(argument: Any) -> list[int]:
-    """As Numba hands it over: arrays by reference that nobody counts."""
-    if isinstance(argument, tuple):
-        return [word for each in argument for word in _words(each)]
-    if isinstance(argument, np.ndarray):
-        shape, strides = argument.shape, argument.strides
-        return [0, 0, argument.size, argument.itemsize, argument.ctypes.data, *shape, *strides]
-    if isinstance(argument, np.float32):
-        return [int(argument.view(np.uint32))]
-    if isinstance(argument, float):
-        return [int(np.float64(argument).view(np.int64))]
-    return [int(argument)]
+    packer = compiled.target_context.get_arg_packer(compiled.fndesc.argtypes)
+    kinds = tuple(str(kind) for kind in packer.argument_types)
+    return _entry(kinds), compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name), 1 + len(kinds)
 
 
 @cache
