@@ -1,9 +1,7 @@
 """What the machine at hand is good at: the choice of a working dtype when the recipe leaves it open.
 
-A run resolves the choice once and writes it down, so timing decides no bit of a run that is repeated from its record.
+It follows from the kind of CPU, not from a measurement: the result of a run must not depend on how busy a machine is.
 """
-
-import time
 
 import torch
 from torch import Tensor
@@ -11,9 +9,8 @@ from torch import Tensor
 import ops
 from policy.checkpoint import DTYPES
 
-ROWS, IN_FEATURES, OUT_FEATURES = 256, 512, 512
-MIN_SPEEDUP = 1.3  # a narrower lead is lost again in the casts around each product
-TIMED_RUNS, TIMED_SECONDS = 8, 0.01  # per dtype, whichever ends first: a CPU without BF16 units is slow at it
+UNITS = {"tiles": "multiplies it in tiles (AMX)", "pairs": "multiplies it in pairs (AVX-512 BF16)"}
+IN_FEATURES, OUT_FEATURES = 512, 512
 BIG_BATCH, SMALL_BATCHES = 64, range(1, 41)
 
 
@@ -30,9 +27,9 @@ def choose_device(setting: str) -> torch.device:
 def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The working dtype for the recipe's policy.dtype on a device, and a sentence that says why.
 
-    "bfloat16" and "float32" are taken as asked. "auto" is bfloat16 on a GPU; on a CPU it is bfloat16 where a matrix
-    product is faster in it by MIN_SPEEDUP and keeps its bits for every number of rows, under the process's current
-    thread count; otherwise float32.
+    "bfloat16" and "float32" are taken as asked. "auto" is bfloat16 on a GPU; on a CPU it is bfloat16 where there are
+    units for it, which multiply about twice as fast, and a product keeps its bits for every number of rows under the
+    process's current thread count; otherwise float32.
     Raises ValueError for another setting.
     """
     if setting in DTYPES:
@@ -41,30 +38,12 @@ def choose_dtype(setting: str, device: torch.device) -> tuple[torch.dtype, str]:
         raise ValueError(f"policy.dtype = {setting!r}: must be auto, {' or '.join(DTYPES)}")
     if device.type == "cuda":
         return torch.bfloat16, "bfloat16: what the tensor cores of a GPU multiply."
-    fp32, bf16 = _seconds(torch.float32), _seconds(torch.bfloat16)
-    shape = f"{ROWS}x{IN_FEATURES}x{OUT_FEATURES}"
-    measured = f"a {shape} product takes {bf16 * 1e3:.2f} ms in bfloat16 and {fp32 * 1e3:.2f} ms in float32"
-    if fp32 < MIN_SPEEDUP * bf16:
-        return torch.float32, f"float32: {measured}; bfloat16 is taken when it is {MIN_SPEEDUP} times faster."
+    unit = UNITS.get(ops.bf16_products())
+    if unit is None:
+        return torch.float32, "float32: this CPU has no units for bfloat16."
     if (rows := _variant_batch(torch.bfloat16)) is not None:
-        return torch.float32, f"float32: {measured}, but in bfloat16 rows change their bits in a batch of {rows}."
-    return torch.bfloat16, f"bfloat16: {measured}, and rows keep their bits in any batch."
-
-
-def _seconds(dtype: torch.dtype) -> float:
-    """Best of several timed products, after one that loads the kernel."""
-    x, weight = _operands(ROWS, dtype)
-    packed = ops.pack_weight(weight, dtype)
-    ops.linear(x, weight, dtype, packed=packed)
-    began, best = time.perf_counter(), float("inf")
-    for _ in range(TIMED_RUNS):
-        start = time.perf_counter()
-        ops.linear(x, weight, dtype, packed=packed)
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now - began > TIMED_SECONDS:
-            break
-    return best
+        return torch.float32, f"float32: in bfloat16 rows change their bits in a batch of {rows}."
+    return torch.bfloat16, f"bfloat16: this CPU {unit}, and rows keep their bits in any batch."
 
 
 def _variant_batch(dtype: torch.dtype) -> int | None:
