@@ -4,7 +4,7 @@
     attention    softmax and lightning. Limit: bytes of keys, values and states it reads / bandwidth
     elementwise  norms, rotation, SwiGLU, router, casts. No limit worth stating: the operands lie in the cache
     head, draw   LM head, log-probs, draw. Limit: the product at the rate of a large one
-    prompts      steps that compute prompts, and the first of a batch size, which is recorded
+    prompts      steps that compute prompts, and the first of a batch size, until it is recorded
     rest         the engine's own Python
 
 Decode steps are replayed from recordings (`ops.Recording`), whose calls are timed one by one.

@@ -98,8 +98,9 @@ def share(kernel: Any, items: int, operations: int, *arguments: Any) -> None:
 
 
 def prepare_team() -> None:
-    """Kernels of this thread are shared by as many threads as torch has."""
-    if numba.get_num_threads() != (threads := min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)):
+    """Kernels that this thread calls are shared by as many threads as torch has."""
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+    if _has_team() and numba.get_num_threads() != threads:
         numba.set_num_threads(threads)
 
 

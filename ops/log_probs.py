@@ -265,8 +265,7 @@ def log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Temperature, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """targets int64 [T] -> log-probs FP32 [T] (differentiable in hidden and weight), entropy FP32 [T] (in nats, no
-    gradient). dtype: the working dtype, bfloat16 or float32, which both operands
-    are rounded to."""
+    gradient). dtype: the working dtype, bfloat16 or float32, which both operands are rounded to."""
     result: tuple[Tensor, Tensor] = apply(_LogProbs, hidden, weight, targets, per_row(temperature, hidden), dtype)
     return result
 

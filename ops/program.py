@@ -49,7 +49,7 @@ _engines: list[Any] = []  # they own the code
 
 
 class Program:
-    """calls: of kernels that have run with arguments of these types. Arrays are read and written where they are."""
+    """calls: of kernels that have run with arguments of these types; KeyError else. Arrays stay where they are."""
 
     def __init__(self, calls: Sequence[partial[Any]]) -> None:
         self._calls, self._run = calls, _runner()
